@@ -1,0 +1,1 @@
+"""How a frozen layer is adapted: bases, ops, adapters, stacks, groups."""
