@@ -1,0 +1,167 @@
+"""What can be known to be wrong before anything is loaded: all of it, together."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from trimtab.core.config import PeftConfig, config_for
+from trimtab.errors import ConfigError, TrimtabError, nearest
+from trimtab.train import batches, checkpoint, load
+from trimtab.train.options import TrainOptions
+
+AT_LEAST = {
+    "batch_size": 1,
+    "micro_batch_size": 1,
+    "max_length": 2,
+    "max_train_samples": 1,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "val_size": 0,
+    "seed": 0,
+    "logging_steps": 1,
+    "eval_steps": 1,
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "early_stopping_patience": 1,
+}
+# those of transformers that need no settings of their own
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+ABOVE_ZERO = ("learning_rate", "num_train_epochs")
+
+
+def check(options: TrainOptions) -> None:
+    """Raise `ConfigError` with every problem of the options. Nothing is written, nothing is loaded."""
+    problems = [*_missing(options), *_numbers(options), *_choices(options), *_evaluation(options)]
+    for look in (_model, _adapter, _output, _start):
+        problems += _said(look, options)
+    if problems:
+        head = "" if len(problems) == 1 else f"{len(problems)} problems:\n  "
+        raise ConfigError(head + "\n  ".join(problems))
+
+
+def _said(look: Callable[[TrainOptions], None], options: TrainOptions) -> list[str]:
+    try:
+        look(options)
+    except TrimtabError as problem:
+        return [str(problem)]
+    return []
+
+
+def _missing(o: TrainOptions) -> Iterator[str]:
+    if not o.dataset:
+        yield "no dataset was given: --dataset FILE (.jsonl .json .csv .parquet)"
+    for path in [*o.dataset, *o.val_dataset]:
+        if not Path(path).expanduser().exists():
+            yield f"dataset {path!r} does not exist"
+
+
+def _numbers(o: TrainOptions) -> Iterator[str]:
+    for name, low in AT_LEAST.items():
+        value = getattr(o, name)
+        if value is not None and not (math.isfinite(value) and value >= low):
+            yield f"{name} is {value}; it must be at least {low}"
+    for name in ABOVE_ZERO:
+        value = getattr(o, name)
+        if not (math.isfinite(value) and value > 0):
+            yield f"{name} is {value}; it must be above 0"
+    if not 0 <= o.warmup_ratio < 1:
+        yield f"warmup_ratio is {o.warmup_ratio}; it is a share of the steps: at least 0, below 1"
+    if o.max_steps != -1 and o.max_steps < 1:
+        yield f"max_steps is {o.max_steps}; it must be at least 1 (or -1: num_train_epochs decides)"
+    share, rest = divmod(max(o.batch_size, 1), batches.ranks())
+    if rest or not share:
+        yield f"batch_size {o.batch_size} cannot be split evenly over {batches.ranks()} processes"
+    elif o.micro_batch_size and o.micro_batch_size > 0 and share % o.micro_batch_size:
+        known = ", ".join(str(d) for d in batches.divisors(share))
+        yield f"micro_batch_size {o.micro_batch_size} does not divide batch_size {share}; these do: {known}"
+
+
+def _choices(o: TrainOptions) -> Iterator[str]:
+    from transformers.training_args import OptimizerNames
+
+    hints = get_type_hints(TrainOptions)
+    for field in fields(o):
+        allowed, value = get_args(hints[field.name]), getattr(o, field.name)
+        if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
+            yield f"{field.name} {value!r} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}"
+    if o.lr_scheduler_type not in SCHEDULES:
+        known = f"{nearest(o.lr_scheduler_type, SCHEDULES)} Known: {', '.join(SCHEDULES)}"
+        yield f"lr_scheduler_type {o.lr_scheduler_type!r} is not known.{known}"
+    optimizers = [member.value for member in OptimizerNames]
+    if o.optim not in optimizers:
+        yield f"optim {o.optim!r} is not one of transformers' optimizers.{nearest(o.optim, optimizers)}"
+
+
+def _evaluation(o: TrainOptions) -> Iterator[str]:
+    held_out = bool(o.val_dataset) or o.val_size > 0
+    for name in ("eval_steps", "early_stopping_patience", "load_best_model_at_end"):
+        if getattr(o, name) and not held_out:
+            yield f"{name} needs rows that are held out: --val_size 0.05, or --val_dataset FILE"
+    if o.load_best_model_at_end and o.save_steps and (not o.eval_steps or o.save_steps % o.eval_steps):
+        yield (
+            f"load_best_model_at_end with save_steps {o.save_steps} needs eval_steps that divide it (it is "
+            f"{o.eval_steps}); or leave save_steps out: each best model is saved then"
+        )
+
+
+def _model(o: TrainOptions) -> None:
+    load.model_folder(o.model)
+
+
+def _adapter(o: TrainOptions) -> None:
+    if o.init_adapter is None:
+        config_for(o.adapter, **adapter_options(o))
+        return
+    known: Any = PeftConfig.from_pretrained(Path(o.init_adapter).expanduser())
+    there = {name: getattr(known, name, None) for name in o.adapter_options}
+    changed = [f"{k}: {there[k]!r} there, {v!r} asked" for k, v in o.adapter_options.items() if there[k] != v]
+    if changed:
+        raise ConfigError(
+            f"init_adapter {o.init_adapter} was made with other options ({'; '.join(changed)}); leave them out"
+        )
+
+
+def adapter_options(o: TrainOptions) -> dict[str, Any]:
+    """What the adapter's config is made of: ours where they are LoRA's and not said, then the user's."""
+    ours = (
+        {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"} if o.adapter == "lora" else {}
+    )
+    return {"task_type": "CAUSAL_LM"} | ours | o.adapter_options
+
+
+def _output(o: TrainOptions) -> None:
+    """Try what will be done: make the folder and a file in it; then take both away again."""
+    folder = Path(o.output_dir).expanduser()
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"output_dir {o.output_dir!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        for place in made:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
+
+
+def _start(o: TrainOptions) -> None:
+    if o.resume_from_checkpoint is None:
+        return
+    if o.init_adapter is not None:
+        raise ConfigError(
+            "init_adapter starts a new run, resume_from_checkpoint continues an old one with all its state: choose one"
+        )
+    checkpoint.to_resume(o.resume_from_checkpoint, Path(o.output_dir).expanduser())

@@ -1,0 +1,61 @@
+"""The folder of a run: what an earlier run left is set aside, results are put in place when they are whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.files import write_text
+
+METRICS, PICTURE, SAMPLES, RUN = "metrics.jsonl", "loss.png", "samples.jsonl", "run.json"
+RESULTS = ("adapter_config.json", "adapter_model.safetensors", METRICS, PICTURE, SAMPLES, RUN)
+
+
+class RunFolder:
+    """`open` before the first step, `finish` at the end; `undo` when no step was taken leaves the folder as it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.made = [f for f in (path, *path.parents) if not f.exists()]
+        self.aside: Path | None = None
+
+    def open(self, *, resume: bool) -> str | None:
+        """Make the folder. Results and checkpoints of an earlier run move into a folder inside it; the line says so."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        old = [] if resume else self._results()
+        if not old:
+            return None
+        number = next(n for n in range(1, len(old) + 10**6) if not (self.path / f"earlier-{n}").exists())
+        self.aside = self.path / f"earlier-{number}"
+        self.aside.mkdir()
+        for file in old:
+            file.rename(self.aside / file.name)
+        return f"{self.path} held an earlier run: it is kept in {self.aside.name}/"
+
+    def _results(self) -> list[Path]:
+        return [f for f in sorted(self.path.iterdir()) if f.name in RESULTS or f.name.startswith("checkpoint-")]
+
+    def undo(self) -> None:
+        for file in self._results():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        if self.aside is not None:
+            for file in self.aside.iterdir():
+                file.rename(self.path / file.name)
+            self.aside.rmdir()
+        for place in self.made:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
+
+    def finish(self, model: Any, tokenizer: Any) -> None:
+        """Write adapter, tokenizer and template beside the rest; each file appears whole."""
+        partial = self.path / ".result.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for file in sorted(partial.iterdir()):
+            file.replace(self.path / file.name)
+        partial.rmdir()
+
+    def write(self, name: str, text: str) -> None:
+        write_text(self.path / name, text)

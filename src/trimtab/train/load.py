@@ -1,0 +1,129 @@
+"""A base model and its tokenizer from a folder: offline, from safetensors, in the dtype that was chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.errors import ConfigError, nearest
+
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def model_folder(name: str) -> Path:
+    """The folder that `name` means: itself, or the snapshot of a hub id in the local cache. Nothing is downloaded."""
+    path = Path(name).expanduser()
+    if not name:
+        raise ConfigError("no model was given: --model FOLDER")
+    if not path.exists():
+        return _cached(name)
+    if not path.is_dir():
+        raise ConfigError(f"model {name!r} is a file; a model is the folder that holds its config.json")
+    if not (path / "config.json").is_file():
+        raise ConfigError(_no_config(path))
+    weights = [*path.glob("*.safetensors")]
+    pickles = [f.name for pattern in PICKLES for f in path.glob(pattern)]
+    if not weights and pickles:
+        raise ConfigError(
+            f"model {name!r} holds only pickled weights ({', '.join(sorted(pickles)[:3])}), which can run code. "
+            f"Convert them once to safetensors, where you trust them: "
+            f"AutoModelForCausalLM.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
+        )
+    if not weights:
+        raise ConfigError(f"model {name!r} has a config.json and no *.safetensors beside it: is the download complete?")
+    return path
+
+
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model or adapter folder. It always has a pad token: masks are by position, so eos will do."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"no tokenizer could be read from {name}: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The frozen base model on `device`. In 4 bit the layers compute in `dtype`, as the rest of the model does."""
+    from transformers import AutoModelForCausalLM
+
+    more: dict[str, Any] = {"quantization_config": nf4(dtype)} if load_in_4bit else {}
+    if load_in_4bit or torch.device(device).type != "cpu":
+        more["device_map"] = {"": str(device)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code, **more
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"the model in {name} could not be loaded: {_first_line(error)}{_consent(error)}") from error
+    return model.requires_grad_(False).eval()
+
+
+def nf4(dtype: torch.dtype) -> Any:
+    """NF4 with double quantisation. The compute dtype is said, because its default is float32."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_4bit needs bitsandbytes, which is not installed: pip install 'trimtab[quant]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        path = Path(name).expanduser()
+        parent = path.parent
+        siblings = sorted(f.name for f in parent.iterdir() if f.is_dir()) if parent.is_dir() else []
+        near = nearest(path.name, siblings) or (f" Folders in {parent}: {', '.join(siblings[:8])}." if siblings else "")
+        raise ConfigError(
+            f"no model folder {name!r} is here, and no hub model of that name is in the local cache "
+            f"({constants.HF_HUB_CACHE}). No network is used: download the model first, then give its folder.{near}"
+        ) from None
+
+
+def _no_config(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return f"{str(path)!r} is an adapter folder, not a model. To start from its weights: --init_adapter {path}"
+    inside = sorted(f.name for f in path.iterdir() if (f / "config.json").is_file())
+    more = (
+        f" Models inside it: {', '.join(inside[:8])}." if inside else " It should hold config.json and *.safetensors."
+    )
+    return f"model {str(path)!r} has no config.json.{more}"
+
+
+def _consent(error: Exception) -> str:
+    wants = "trust_remote_code" in str(error)
+    return ". The folder brings its own code; run it with --trust_remote_code, if you trust it" if wants else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward. Non-reentrant: a frozen embedding does not cut the graph."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2 renamed it
+        model.activation_checkpointing_enable(settings)
+    else:
+        model.gradient_checkpointing_enable(settings)

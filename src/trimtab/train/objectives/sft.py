@@ -1,0 +1,40 @@
+"""The loss of supervised fine-tuning: minus the log likelihood of the supervised tokens."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100
+
+
+def row_losses(model: nn.Module, batch: dict[str, Any], *, sparse: bool) -> Tensor:
+    """The summed loss of each row, float32 `(B,)`: its supervised tokens, each predicted from all before it.
+
+    `sparse`: the model makes logits only at positions that some row asks for (see `takes_positions`).
+    """
+    labels = batch["labels"]  # (B, T)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    wanted = labels[:, 1:] != IGNORE  # (B, T - 1): position t predicts token t + 1
+    rows, columns = wanted.nonzero(as_tuple=True)
+    # positions are counted from the end, so they hold when a prompt method puts virtual tokens in front
+    if sparse and len(rows):
+        kept, columns = columns.unique(return_inverse=True)
+        logits = model(**inputs, logits_to_keep=kept - labels.shape[1]).logits  # (B, K, V)
+    else:
+        logits = model(**inputs).logits[:, -labels.shape[1] :]  # (B, T, V)
+    loss = F.cross_entropy(logits[rows, columns].float(), labels[:, 1:][wanted], reduction="none")
+    return loss.new_zeros(len(labels)).index_add(0, rows, loss)
+
+
+def supervised(labels: Tensor) -> Tensor:
+    """How many tokens of each row carry loss, `(B,)`. Nothing predicts the first token."""
+    return (labels[:, 1:] != IGNORE).sum(1)
+
+
+def takes_positions(forward: Any) -> bool:
+    """Whether a model's forward makes logits at chosen positions alone."""
+    return "logits_to_keep" in inspect.signature(forward).parameters

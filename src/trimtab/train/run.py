@@ -1,0 +1,302 @@
+"""`trimtab train`: from options to an adapter folder that explains itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
+
+from trimtab.core.config import config_for, method_of
+from trimtab.data import Prepared, Renderer, prepare
+from trimtab.model import PeftModel, get_peft_model
+from trimtab.train import batches, checkpoint, load, picture, samples
+from trimtab.train.audits import trainable
+from trimtab.train.callbacks import MetricsFile, ProgressBar, clock, read_metrics
+from trimtab.train.check import adapter_options, check
+from trimtab.train.device import Hardware, busy, pick
+from trimtab.train.folder import METRICS, PICTURE, RUN, SAMPLES, RunFolder
+from trimtab.train.options import TrainOptions
+from trimtab.train.record import Record
+from trimtab.train.samples import Sample
+from trimtab.train.trainer import Trainer
+
+
+@dataclass
+class RunResult:
+    """What a run leaves: the folder, `run.json` as a record, the answers before and after, and the tuned model."""
+
+    output_dir: Path
+    record: Record
+    samples: list[Sample]
+    model: Any
+    renderer: Renderer
+    data: Prepared
+
+
+def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
+    """Check, read, load, train, evaluate, write. What can be known before step 1 is an error before it."""
+    console = (console or Console()) if batches.rank() == 0 else Console(quiet=True)
+    check(options)
+    hardware = pick(options.dtype)
+    say = _Teller(console)
+    say.line("compute", hardware.why)
+    if slow := busy():
+        say.line("", slow)
+    folder = load.model_folder(options.model)
+    tokenizer = load.load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+    renderer, data = _data(options, tokenizer, say)
+    set_seed(options.seed)  # before the adapter is created: its start is part of the run
+    model = _model(options, folder, hardware)
+    _tell_model(model, options, say)
+    return _Job(options, console, say, hardware, renderer, data, model).run()
+
+
+class _Teller:
+    """The plan, one aligned line after another."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def line(self, name: str, text: str) -> None:
+        self.console.print(Text.assemble((f"{name:<10}", "bold"), text), soft_wrap=True)
+
+
+def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prepared]:
+    renderer = Renderer(tokenizer)
+    data = prepare(
+        o.dataset,
+        renderer,
+        val_sources=o.val_dataset,
+        val_size=o.val_size,
+        max_length=o.max_length,
+        train_on=o.train_on,
+        overlong=o.overlong,
+        max_train_samples=o.max_train_samples,
+        seed=o.seed,
+    )
+    for i, line in enumerate(data.formats):
+        say.line("" if i else "rows", line)
+    for line in data.ledger.lines():
+        say.line("", line)
+    own = "the tokenizer's own template" if renderer.chat_template is None else "a template of ours"
+    ends = f"answers end with {renderer.end_of_turn}" if renderer.end_of_turn else "the text ends with eos"
+    turns = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "every token"}[o.train_on]
+    say.line("loss on", f"{turns}; {own}, {ends}")
+    if renderer.chat_template is not None:
+        tokenizer.chat_template = renderer.chat_template  # so that the adapter folder renders as training did
+    return renderer, data
+
+
+def _model(o: TrainOptions, folder: Path, hardware: Hardware) -> PeftModel:
+    base = load.load_model(
+        folder,
+        dtype=hardware.dtype,
+        device=hardware.device,
+        load_in_4bit=o.load_in_4bit,
+        trust_remote_code=o.trust_remote_code,
+    )
+    # what the adapter's config will call its base: the folder from wherever it is opened, or the hub's name
+    given = Path(o.model).expanduser()
+    base.name_or_path = base.config._name_or_path = str(given.resolve()) if given.exists() else o.model
+    if o.gradient_checkpointing:
+        load.checkpoint_activations(base)
+    if o.init_adapter is not None:
+        return PeftModel.from_pretrained(base, str(Path(o.init_adapter).expanduser()), is_trainable=True)
+    return get_peft_model(base, config_for(o.adapter, **adapter_options(o)))
+
+
+def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
+    trainable(model)
+    trained, every = model.get_nb_trainable_parameters()
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+    source = f"from {o.init_adapter}" if o.init_adapter else "new"
+    share = f"{100 * trained / every:.2f} %"
+    say.line(
+        "adapter", f"{o.adapter}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}"
+    )
+
+
+class _Job:
+    """One run, from a loaded model to the written folder."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        console: Console,
+        say: _Teller,
+        hardware: Hardware,
+        renderer: Renderer,
+        data: Prepared,
+        model: Any,
+    ) -> None:
+        self.options, self.console, self.say = options, console, say
+        self.renderer, self.data, self.model = renderer, data, model
+        self.folder = RunFolder(Path(options.output_dir).expanduser())
+        self.path = self.folder.path
+        self.bar = ProgressBar(console)
+        self.samples = samples.choose(options.sample_prompts, data, renderer)
+        self.trainer = self._trainer(hardware)
+        self.main = self.trainer.is_world_process_zero()
+        self.record = Record(
+            status="running",
+            model=model.get_base_model().name_or_path,
+            adapter=method_of(model.peft_config["default"]).name,
+            seed=options.seed,
+            dtype=str(hardware.dtype).removeprefix("torch."),
+            device=hardware.device.type,
+            trainable_parameters=model.get_nb_trainable_parameters()[0],
+            data=data.ledger.as_dict(),
+            template={"fingerprint": renderer.fingerprint, "end_of_turn": renderer.end_of_turn},
+            options=asdict(options),
+        )
+
+    # ---- the trainer
+
+    def _trainer(self, hardware: Hardware) -> Trainer:
+        o = self.options
+        callbacks: list[Any] = [MetricsFile(self.path / METRICS), self.bar]
+        if o.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(o.early_stopping_patience))
+        trainer = Trainer(
+            model=self.model,
+            args=self._arguments(hardware),
+            train_dataset=self.data.train,
+            eval_dataset=self.data.val or None,
+            data_collator=batches.Collator(self.renderer.tokenizer.pad_token_id),
+            processing_class=self.renderer.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _arguments(self, hardware: Hardware) -> TrainingArguments:
+        o, held_out = self.options, bool(self.data.val)
+        micro = batches.micro_size(o.batch_size, o.micro_batch_size)
+        accumulate = o.batch_size // batches.ranks() // micro
+        steps = self._steps()
+        warmup = int(o.warmup_ratio * steps)
+        length = f"{len(self.data.train):,} rows, {o.batch_size} a step ({micro} at a time): {steps:,} steps"
+        self.say.line("steps", f"{length}, {warmup} of warm-up, {o.lr_scheduler_type} from {o.learning_rate:g}")
+        best = o.load_best_model_at_end and not o.save_steps
+        return TrainingArguments(
+            output_dir=str(self.path),
+            per_device_train_batch_size=micro,
+            per_device_eval_batch_size=micro,
+            gradient_accumulation_steps=accumulate,
+            num_train_epochs=o.num_train_epochs,
+            max_steps=o.max_steps,
+            learning_rate=o.learning_rate,
+            lr_scheduler_type=o.lr_scheduler_type,
+            warmup_steps=warmup,
+            weight_decay=o.weight_decay,
+            max_grad_norm=o.max_grad_norm,
+            optim=o.optim,
+            seed=o.seed,
+            train_sampling_strategy="random" if o.shuffle else "sequential",
+            logging_steps=o.logging_steps,
+            logging_first_step=True,
+            eval_strategy="no" if not held_out else "steps" if o.eval_steps else "epoch",
+            eval_steps=o.eval_steps,
+            eval_on_start=held_out and o.resume_from_checkpoint is None,
+            save_strategy="best" if best else "steps" if o.save_steps else "no",
+            save_steps=o.save_steps or 500,
+            save_total_limit=o.save_total_limit,
+            load_best_model_at_end=o.load_best_model_at_end,
+            metric_for_best_model="loss" if held_out else None,
+            greater_is_better=False if held_out else None,
+            report_to=o.report_to or "none",
+            use_cpu=hardware.device.type == "cpu",
+            fp16=hardware.dtype is torch.float16 and hardware.device.type == "cuda",
+            dataloader_pin_memory=hardware.device.type == "cuda",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        )
+
+    def _steps(self) -> int:
+        o = self.options
+        epoch = math.ceil(len(self.data.train) / o.batch_size)
+        return o.max_steps if o.max_steps > 0 else math.ceil(epoch * o.num_train_epochs)
+
+    # ---- the run
+
+    def run(self) -> RunResult:
+        resume = self.options.resume_from_checkpoint
+        start = checkpoint.to_resume(resume, self.path) if resume else None
+        if self.main:
+            if moved := self.folder.open(resume=start is not None):
+                self.say.line("output", moved)
+            self._answer("before")
+            self._write("running")
+        try:
+            self.trainer.train(resume_from_checkpoint=str(start) if start else None)
+        except BaseException as error:
+            self._stopped(error)
+            raise
+        finally:
+            self.bar.close()
+        self._finish()
+        return RunResult(self.path, self.record, self.samples, self.model, self.renderer, self.data)
+
+    def _answer(self, when: str) -> None:
+        """Greedy answers to the fixed prompts; before training, of what the run starts from."""
+        fresh = when == "before" and self.options.init_adapter is None
+        if fresh:
+            with self.model.disable_adapter():
+                found = samples.answers(self.model, self.samples, self.renderer)
+        else:
+            found = samples.answers(self.model, self.samples, self.renderer)
+        for sample, text in zip(self.samples, found, strict=True):
+            setattr(sample, when, text)
+
+    def _write(self, status: str) -> None:
+        self.record.status = status
+        self.folder.write(RUN, self.record.text())
+
+    def _stopped(self, error: BaseException) -> None:
+        if not self.main:
+            return
+        if self.trainer.state.global_step == 0:
+            self.folder.undo()
+            return
+        self.record.error = str(error) or type(error).__name__
+        self.record.count(self.trainer.counts, self.trainer.state.global_step, read_metrics(self.path / METRICS))
+        self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+
+    def _finish(self) -> None:
+        trainer, state = self.trainer, self.trainer.state
+        if self.data.val:
+            measured = [line for line in state.log_history if "eval_loss" in line]
+            self.record.eval_loss_before = measured[0]["eval_loss"] if measured[0]["step"] == 0 else None
+            fresh = measured[-1]["step"] == state.global_step and not state.best_model_checkpoint
+            self.record.eval_loss = (measured[-1] if fresh else trainer.evaluate())["eval_loss"]
+        totals = trainer.totals()
+        if not self.main:
+            return
+        self._answer("after")
+        metrics = read_metrics(self.path / METRICS)
+        self.record.count(totals, state.global_step, metrics)
+        title = f"{self.record.adapter} on {Path(self.record.model).name}: {totals.examples:,} examples"
+        picture.draw(metrics, self.path / PICTURE, title)
+        samples.write(self.samples, self.path / SAMPLES)
+        self.folder.finish(self.model, self.renderer.tokenizer)
+        self._write("completed")
+        self._tell_result()
+
+    def _tell_result(self) -> None:
+        r = self.record
+        if self.samples:
+            samples.show(self.samples, self.console)
+        self.say.line("trained", f"{r.steps:,} steps, {r.tokens_seen:,} tokens in {clock(r.train_seconds)}, "
+                      f"{r.tokens_per_second:,.0f} tokens/s, {r.peak_memory_bytes / 2**30:.1f} GB at most")  # fmt: skip
+        if r.first_loss is not None and r.final_loss is not None:
+            self.say.line("loss", f"{r.first_loss:.4f} at the first step, {r.final_loss:.4f} at the last")
+        if r.eval_loss is not None:
+            before = "" if r.eval_loss_before is None else f"{r.eval_loss_before:.4f} before, "
+            self.say.line("held out", f"{before}{r.eval_loss:.4f} after")
+        self.say.line("written", f"{self.path}: the adapter, its tokenizer, {RUN}, {METRICS}, {PICTURE}, {SAMPLES}")
