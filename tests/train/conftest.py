@@ -1,51 +1,18 @@
-"""A model folder as users have one: a tiny Llama, a byte-level tokenizer with a chat template; and rows for it."""
+"""A model folder and rows, as users have them."""
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 
+import model_folder as made
 import pytest
-import tiny_llama as tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-COLOURS = ("red", "blue", "green")
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<|im_start|>", "<|im_end|>", *alphabet])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=TEMPLATE,
-    )
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tok = tokenizer()
-    tiny.llama(vocabulary=len(tok)).save_pretrained(folder)
-    tok.save_pretrained(folder)
-    return folder
+    return made.write_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = random.Random(0)
-    path = tmp_path_factory.mktemp("rows") / "colours.jsonl"
-    lines = [{"input": f"row {i}", "output": draw.choice(COLOURS) * draw.randint(1, 2)} for i in range(40)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
+    return made.write_rows(tmp_path_factory.mktemp("rows") / "colours.jsonl")

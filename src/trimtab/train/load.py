@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,22 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> Any:
     """The frozen base model on `device`. In 4 bit the layers compute in `dtype`, as the rest of the model does."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     more: dict[str, Any] = {"quantization_config": nf4(dtype)} if load_in_4bit else {}
     if load_in_4bit or torch.device(device).type != "cpu":
         more["device_map"] = {"": str(device)}
+    more |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code, **more
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        with _without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **more)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(f"the model in {name} could not be loaded: {_first_line(error)}{_consent(error)}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        shown = ", ".join(missing[:5])
+        raise ConfigError(f"the weights in {name} lack {len(missing)} tensors of the model ({shown}): is it complete?")
     return model.requires_grad_(False).eval()
 
 
@@ -82,6 +89,19 @@ def nf4(dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _cached(name: str) -> Path:

@@ -1,0 +1,97 @@
+"""A merged folder is a plain model that says what the adapter says, or nothing is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trimtab.model import PeftModel
+
+from trimtab.errors import ConfigError, NotMergeable
+from trimtab.export import merge as module
+from trimtab.export.merge import MergeReport, dense_base, find_source, merge
+from trimtab.train import load
+
+NF4 = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+def merged(adapter: Path, out: Path, **over: Any) -> tuple[MergeReport, str]:
+    said = io.StringIO()
+    return merge(adapter, out, console=Console(file=said, width=300), **over), said.getvalue()
+
+
+def answers(model: Any, tokenizer: Any) -> list[str]:
+    found = []
+    for i in range(10):
+        turn = [{"role": "user", "content": f"row {i}"}]
+        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**ids, max_new_tokens=8, do_sample=False)
+        found.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :]))
+    return found
+
+
+def test_a_merged_model_is_plain_and_says_the_same(tuned: Any, tmp_path: Path) -> None:
+    adapter = tuned()
+    report, said = merged(adapter, tmp_path / "out")
+    names = {f.name for f in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "merge_report.json"} <= names
+    assert not any("adapter" in name for name in names)
+    assert report.difference.relative < 1e-5 and report.difference.agreement == 1
+    assert report.difference.probes == 7 and "verified" in said
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tuned_model: Any = PeftModel.from_pretrained(load.load_model(report.base, dtype=torch.float32), str(adapter))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert answers(plain, tokenizer) == answers(tuned_model.eval(), tokenizer)
+    written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert written["difference"]["maximum"] == report.difference.maximum
+
+
+def test_the_sum_is_rounded_once(tuned: Any, tmp_path: Path) -> None:
+    adapter = tuned()
+    merged(adapter, tmp_path / "wide")
+    report, _ = merged(adapter, tmp_path / "narrow", dtype="bfloat16")
+    wide, narrow = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("wide", "narrow"))
+    assert report.dtype == "bfloat16"
+    for name, w in wide.items():
+        assert narrow[name].dtype == torch.bfloat16 and torch.equal(narrow[name], w.bfloat16()), name
+
+
+def test_another_base_is_found_out_and_nothing_is_written(
+    tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(source: Any) -> Any:
+        model = dense_base(source)
+        model.get_submodule("model.layers.0.mlp.up_proj").weight.data.mul_(1.5)
+        return model
+
+    monkeypatch.setattr(module, "dense_base", other)
+    with pytest.raises(NotMergeable, match="the merged model is not the adapter"):
+        merged(tuned(), tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_in_use_is_refused(tuned: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        merged(tuned(), tmp_path)
+
+
+@NF4
+def test_a_4_bit_run_merges_into_the_weights_it_was_trained_on(tuned: Any, tmp_path: Path) -> None:
+    adapter = tuned(load_in_4bit=True)
+    source = find_source(adapter)
+    assert source.load_in_4bit and source.compute is torch.float32
+    dense, original = dense_base(source), load.load_model(source.base, dtype=torch.float32)
+    name = "model.layers.0.mlp.up_proj.weight"
+    apart = (dense.state_dict()[name] - original.state_dict()[name]).abs().max()
+    assert 1e-4 < apart < 0.1
+    assert torch.equal(dense.state_dict()["lm_head.weight"], original.state_dict()["lm_head.weight"])
+    report, _ = merged(adapter, tmp_path / "out")
+    assert report.load_in_4bit and report.difference.relative < 1e-2 and report.difference.agreement > 0.97
