@@ -1,0 +1,258 @@
+"""`Group`: one named adapter over a whole model, and the verbs on a torch model that carries groups.
+
+Groups stand in a plain dict on the model, `trimtab_groups`, so that an injected model and a wrapped one are the same. Their
+tensors belong to the model's modules: a site's to its `AdapterLayer`, shared ones to each site that uses them, a prompt
+method's to the model's child `prompt_encoder`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.adapter import Adapter, ModelAdapter
+from trimtab.core.base import Opaque, port
+from trimtab.core.config import PeftConfig, method_of
+from trimtab.core.full import BiasTune, FullTune
+from trimtab.core.layer import AdapterLayer, Named
+from trimtab.core.sites import Site, find_saved, find_sites, frozen, layers
+from trimtab.errors import ConfigError, NoMatch, NotMergeable, TrimtabWarning, nearest
+
+
+class Group:
+    """One named adapter: its config, its layers by path, what its sites share, or its hook around the whole model."""
+
+    def __init__(self, name: str, config: PeftConfig) -> None:
+        self.name, self.config = name, config
+        self.active = self.disabled = False
+        self.layers: dict[str, AdapterLayer] = {}
+        self.shared: nn.Module | None = None
+        self.adapter: ModelAdapter | None = None
+        self.handles: list[Any] = []
+
+    @property
+    def live(self) -> bool:
+        """Whether the adapter takes part in a forward now."""
+        return self.active and not self.disabled
+
+    def sites(self) -> Iterator[tuple[str, Adapter]]:
+        for path, layer in self.layers.items():
+            yield path, layer.adapters[self.name]  # type: ignore[misc]
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(path, published name, tensor) of all that the file holds; path is empty for what stands at the root."""
+        for path, adapter in self.sites():
+            for key, value in adapter.state_dict(keep_vars=True).items():
+                if "shared." not in key:
+                    yield path, adapter.published(key), value
+        if self.shared is not None:
+            for key, value in self.shared.state_dict(keep_vars=True).items():
+                yield "", key, value
+
+    def parts(self) -> Iterator[nn.Module]:
+        yield from (adapter for _, adapter in self.sites())
+        if self.adapter is not None:
+            yield self.adapter
+
+    def trainable(self, on: bool) -> None:
+        for part in self.parts():
+            part.requires_grad_(on)
+
+    def penalty(self) -> Tensor | None:
+        return None if self.adapter is not None else method_of(self.config).adapter.penalty(self)
+
+    def step(self, step: int) -> None:
+        """Called after each optimizer step: budgets, projections."""
+        if self.adapter is None:
+            method_of(self.config).adapter.step(self, step)
+
+
+def groups(model: nn.Module) -> dict[str, Group]:
+    return model.__dict__.get("trimtab_groups", {})
+
+
+def group(model: nn.Module, name: str) -> Group:
+    known = groups(model)
+    if name not in known:
+        raise NoMatch(f"no adapter is called {name!r}; there {'is' if len(known) == 1 else 'are'}: {', '.join(known) or 'none'}.{nearest(name, known)}")
+    return known[name]
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    for name, module in layers(model):
+        if isinstance(module, AdapterLayer):
+            yield name, module
+
+
+def attach(model: nn.Module, cfg: PeftConfig, name: str = "default", *, full_precision: bool = True, strict: bool = True) -> Group:
+    """Put a new adapter on `model`, in place. It is not active yet. Nothing is changed when this raises."""
+    if not name or "." in name or "/" in name or "\\" in name:
+        raise ConfigError(f"adapter name {name!r}: a name has no dot and no slash, for it becomes a folder and a part of a path")
+    if name in groups(model):
+        raise ConfigError(f"an adapter is called {name!r} already; delete_adapter({name!r}) first, or choose another name")
+    chosen, new = method_of(cfg), Group(name, cfg)
+    plan: dict[str, list[tuple[Site, Adapter]]] = {}
+    if issubclass(chosen.adapter, ModelAdapter):
+        new.adapter = chosen.adapter(cfg, model)
+    else:
+        sites = find_sites(model, cfg, name, strict=strict)
+        new.shared = chosen.adapter.share(cfg, sites)
+        for site in (dataclasses.replace(s, shared=new.shared) for s in sites):
+            plan[site.name] = [(site, chosen.adapter(cfg, site))]
+    for path, module in find_saved(model, cfg).items():
+        site = Site(path, Opaque(frozen(module)), name)
+        plan.setdefault(path, []).append((site, FullTune(site)))
+    _plan_biases(model, cfg, new, plan)
+    for _, module in layers(model):
+        port(frozen(module)).pin()
+    if not groups(model):
+        model.requires_grad_(False)
+        model.__dict__["trimtab_groups"] = {}
+    for path, parts in plan.items():
+        layer = new.layers[path] = _wrap(model, path)
+        for site, adapter in parts:
+            layer.add(name, adapter, site, full_precision=full_precision)
+    if new.adapter is not None:
+        _prompts(model)[name] = new.adapter
+        new.handles = new.adapter.attach(model, new)
+    groups(model)[name] = new
+    new.trainable(False)
+    return new
+
+
+def _plan_biases(model: nn.Module, cfg: PeftConfig, new: Group, plan: dict[str, list[tuple[Site, Adapter]]]) -> None:
+    want = getattr(cfg, "bias", "none")
+    if want == "none":
+        return
+    others = [g.name for g in groups(model).values() if getattr(g.config, "bias", "none") != "none"]
+    if others:
+        raise ConfigError(f"adapter {others[0]!r} trains biases already (bias={want!r}); only one adapter of a model can")
+    for path, module in layers(model):
+        site = Site(path, port(frozen(module)), new.name)
+        own = path in plan
+        if not path or any(isinstance(a, FullTune) for _, a in plan.get(path, [])) or any(path.startswith(f"{p}.") for p in plan):
+            continue
+        if (own or want == "all") and isinstance(getattr(frozen(module), "bias", None), nn.Parameter):
+            plan.setdefault(path, []).append((site, BiasTune(site, alone=not own)))
+
+
+def _prompts(model: nn.Module) -> Named:
+    if "prompt_encoder" not in model._modules:
+        model.add_module("prompt_encoder", Named())
+    return model._modules["prompt_encoder"]  # type: ignore[return-value]
+
+
+def _wrap(model: nn.Module, path: str) -> AdapterLayer:
+    parent, _, leaf = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    module = owner._modules[leaf]
+    assert module is not None
+    if not isinstance(module, AdapterLayer):
+        owner._modules[leaf] = module = AdapterLayer(module).train(module.training)
+    return module
+
+
+def activate(model: nn.Module, names: str | list[str] | tuple[str, ...], *, trainable: bool | None = None) -> None:
+    """Make exactly these adapters active, in this order. `trainable`: also what is trained; None leaves that alone."""
+    order = (names,) if isinstance(names, str) else tuple(names)
+    chosen = [group(model, n) for n in order]
+    if sum(g.adapter is not None for g in chosen) > 1:
+        raise ConfigError(f"of {', '.join(order)} more than one is a prompt method; one can be active at a time")
+    for g in groups(model).values():
+        g.active = g.name in order
+        if trainable is not None:
+            g.trainable(trainable and g.active)
+    for _, layer in adapted(model):
+        layer.activate(order)
+
+
+def active(model: nn.Module) -> list[str]:
+    """Names of the active adapters in the order they apply."""
+    order = [n for _, layer in adapted(model) for n in layer.active]
+    return list(dict.fromkeys([*order, *(g.name for g in groups(model).values() if g.active)]))
+
+
+def delete(model: nn.Module, name: str) -> None:
+    """Take an adapter off. The layers it stood on alone are the original ones again."""
+    gone = group(model, name)
+    if any(name in layer.merged_adapters for layer in gone.layers.values()):
+        raise NotMergeable(f"adapter {name!r} is merged; unmerge_adapter() first")
+    _unhook(model, gone)
+    for path, layer in gone.layers.items():
+        layer.remove(name)
+        if not layer.adapters:
+            parent, _, leaf = path.rpartition(".")
+            model.get_submodule(parent)._modules[leaf] = layer.base_layer
+    del groups(model)[name]
+
+
+def _unhook(model: nn.Module, gone: Group) -> None:
+    for handle in gone.handles:
+        handle.remove()
+    if gone.adapter is not None:
+        del _prompts(model)[gone.name]
+        if not _prompts(model):
+            del model._modules["prompt_encoder"]
+
+
+def merge(model: nn.Module, names: list[str] | None = None, *, safe: bool = False) -> None:
+    """Write active adapters into the weights; `unmerge` gives the originals back exactly."""
+    chosen = [group(model, n) for n in (active(model) if names is None else names)]
+    if prompts := [g.name for g in chosen if g.adapter is not None]:
+        raise NotMergeable(f"{prompts[0]!r} is a prompt method: it has no weight to merge into. Keep the adapter folder beside the model")
+    if idle := [g.name for g in chosen if not g.active]:
+        raise NoMatch(f"adapter {idle[0]!r} is not active, so merging it would change the model; set_adapter first")
+    if any(layer.disabled for _, layer in adapted(model)):
+        raise NotMergeable("adapters are disabled; merge outside of disable_adapter()")
+    if done := {n for _, layer in adapted(model) for n in layer.merged_adapters}.intersection(g.name for g in chosen):
+        warnings.warn(f"merged already: {', '.join(sorted(done))}", TrimtabWarning)
+    order = tuple(g.name for g in chosen)
+    for _, layer in adapted(model):
+        layer.mergeable(order)
+    try:
+        with torch.no_grad():
+            for _, layer in adapted(model):
+                layer.merge(order, safe=safe)
+    except Exception:
+        unmerge(model)
+        raise
+
+
+def unmerge(model: nn.Module) -> None:
+    for _, layer in adapted(model):
+        layer.unmerge()
+
+
+def unload(model: nn.Module) -> None:
+    """Take all adapters off, leaving each layer as it is now: merged or original."""
+    for g in groups(model).values():
+        _unhook(model, g)
+    for path, layer in list(adapted(model)):
+        parent, _, leaf = path.rpartition(".")
+        model.get_submodule(parent)._modules[leaf] = layer.base_layer
+    model.__dict__.pop("trimtab_groups", None)
+
+
+def disable(model: nn.Module, off: bool = True) -> None:
+    """Let the model answer as the untouched base (`off`) or adapted again; merged adapters are stepped around, not undone."""
+    for _, layer in adapted(model):
+        layer.disabled = off
+        layer.restack()
+    for g in groups(model).values():
+        g.disabled = off
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    before = any(g.disabled for g in groups(model).values())
+    disable(model, True)
+    try:
+        yield
+    finally:
+        disable(model, before)

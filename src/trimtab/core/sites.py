@@ -1,0 +1,165 @@
+"""Which layers of a model a config names. Nothing is matched silently, and nothing that was asked for is silently not."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from trimtab.core.adapter import Site
+from trimtab.core.base import port
+from trimtab.core.config import PeftConfig, method_of
+from trimtab.core.layer import AdapterLayer
+from trimtab.core.targets import HEADS, TARGETS
+from trimtab.errors import ConfigError, NoMatch, NotSupported, TrimtabWarning, nearest
+
+ALL_LINEAR = "all-linear"
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the model under its original path, adapted layers as themselves, nothing of the adapters."""
+    inside = " "
+    for name, module in model.named_modules():
+        if f"{name}.".startswith((inside, "prompt_encoder.")):
+            continue
+        if isinstance(module, AdapterLayer):
+            inside = f"{name}."
+        yield name, module
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The layer as it was before adapters."""
+    if isinstance(module, AdapterLayer):
+        return module.kept[0] if module.kept else module.base_layer
+    return module
+
+
+def ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def matches(name: str, pattern: list[str] | str) -> bool:
+    """A string is a regex for the whole path; a list holds path ends."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(ends_with(name, p) for p in pattern)
+
+
+def saved_modules(cfg: Any) -> list[str]:
+    """`modules_to_save` and the head that the task makes afresh."""
+    return [*(getattr(cfg, "modules_to_save", None) or []), *HEADS.get(cfg.task_type or "", [])]
+
+
+def find_saved(model: nn.Module, cfg: Any) -> dict[str, nn.Module]:
+    """The modules to train in full, by path, outermost only. One that is asked for and not there raises."""
+    asked, heads = getattr(cfg, "modules_to_save", None) or [], HEADS.get(cfg.task_type or "", [])
+    found: dict[str, nn.Module] = {}
+    for name, module in layers(model):
+        if name and any(ends_with(name, m) for m in [*asked, *heads]) and not any(name.startswith(f"{f}.") for f in found):
+            found[name] = module
+    missing = [m for m in asked if not any(ends_with(n, m) for n in found)]
+    if missing := [m for m in missing if m not in heads]:
+        leaves = {n.rpartition(".")[2] for n, _ in layers(model)}
+        raise NoMatch(f"modules_to_save names no module: {', '.join(map(repr, missing))}.{nearest(missing[0], leaves)}")
+    return found
+
+
+def find_sites(model: nn.Module, cfg: Any, adapter: str = "default", *, strict: bool = True) -> list[Site]:
+    """The layers that get an adapter, in model order.
+
+    strict: each name in `target_modules` must match; off when a published config is loaded, where the tensors decide.
+    Raises `NoMatch` with the nearest name, and `NotSupported` for a layer that cannot carry the method.
+    """
+    target = _targets(model, cfg)
+    saved = find_saved(model, cfg)
+    head = _output_embedding(model) if target == ALL_LINEAR else None
+    heads = _mha_projections(model)
+    found: list[Site] = []
+    for name, module in layers(model):
+        if not name or any(name == s or name.startswith(f"{s}.") for s in saved):
+            continue
+        base = port(frozen(module))
+        hit = base.op.kind == "linear" and frozen(module) is not head if target == ALL_LINEAR else matches(name, target)
+        if not hit or not _in_layers(name, cfg, target) or _excluded(name, cfg):
+            continue
+        if name in heads:
+            if target != ALL_LINEAR:
+                raise NotSupported(f"{name!r}: nn.MultiheadAttention reads this weight past the layer, so an adapter would do nothing")
+            continue
+        found.append(Site(name, base, adapter))
+    _check(model, cfg, target, found, strict)
+    return found
+
+
+def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
+    target = cfg.target_modules
+    if isinstance(target, str) and target.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    if target is not None:
+        if not isinstance(target, str):
+            return list(target)
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise ConfigError(f"target_modules={target!r} is a string, so it is a regex for the whole path, and not a right one: {error}") from None
+        return target
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    table = method_of(cfg).adapter.targets or TARGETS
+    if kind in table:
+        return table[kind]
+    warnings.warn(f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning)
+    return ALL_LINEAR
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return frozen(head) if isinstance(head, nn.Module) else None
+
+
+def _mha_projections(model: nn.Module) -> set[str]:
+    return {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+
+
+def _in_layers(name: str, cfg: Any, target: list[str] | str) -> bool:
+    wanted = getattr(cfg, "layers_to_transform", None)
+    if wanted is None or wanted == []:
+        return True
+    if isinstance(target, str) and target != ALL_LINEAR:
+        raise ConfigError("layers_to_transform goes with a list of target_modules; a regex names its layers itself")
+    patterns = getattr(cfg, "layers_pattern", None) or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name):
+            return int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def _excluded(name: str, cfg: Any) -> bool:
+    exclude = getattr(cfg, "exclude_modules", None)
+    return bool(exclude) and matches(name, exclude)
+
+
+def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: list[Site], strict: bool) -> None:
+    wanted = target if isinstance(target, list) else [target]
+    missing = [t for t in wanted if not any(matches(s.name, [t] if isinstance(target, list) else t) for s in found)]
+    if target == ALL_LINEAR:
+        missing = [] if found else wanted
+    if missing and (strict or not found):
+        leaves = Counter(n.rpartition(".")[2] for n, m in layers(model) if port(frozen(m)).op.kind not in ("module", "norm"))
+        names = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.most_common(12))
+        limits = ", ".join(f"{k}={v!r}" for k in ("layers_to_transform", "exclude_modules") if (v := getattr(cfg, k, None)))
+        raise NoMatch(
+            f"no module matches target {', '.join(map(repr, missing))}{f' with {limits}' if limits else ''}."
+            f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(cfg, field, None) or {}:
+            if strict and not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in found):
+                raise NoMatch(f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}")
+    if modules := [s.name for s in found if s.kind == "module"]:
+        kinds = sorted({type(s.base.layer).__name__ for s in found if s.kind == "module"})
+        raise NotSupported(f"{modules[0]!r} and {len(modules) - 1} more are {', '.join(kinds)}: no layer that an adapter could act on")

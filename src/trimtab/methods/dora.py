@@ -1,0 +1,43 @@
+"""DoRA: the length of each weight row is trained apart from its direction, which a LoRA moves."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trimtab.core.adapter import Adapter, Factor, Site
+from trimtab.core.base import Base
+from trimtab.core.config import method
+from trimtab.core.ops import along
+from trimtab.methods.lora import LoRA, LoraConfig
+
+
+@method("LORA", config=LoraConfig, small={"r": 4}, switch="use_dora")
+class DoRA(Adapter):
+    """W' = m V / |V|,  V = W + s B A                                                          arXiv:2402.09353, eq. 5
+
+    |V| (out): the norm of each output row, a constant for the gradient (section 4.3). m (out) starts at |V|, so W' = W.
+    """
+
+    def __init__(self, cfg: LoraConfig, site: Site) -> None:
+        super().__init__()
+        self.lora = LoRA(cfg, site)
+        self.lora_magnitude_vector = Factor(*([1] if site.kind == "conv" else []), site.shape[0], *[1] * (len(site.shape) - 2))
+        self.lora_magnitude_vector.weight.data.copy_(self._norm(site.base.weight().detach().float().cpu()).view_as(self.m))
+        self.names = {f"lora.{own}": name for own, name in self.lora.names.items()}
+        self.names |= {"lora.": "", "lora_magnitude_vector.weight": "lora_magnitude_vector"}
+
+    @property
+    def m(self) -> Tensor:
+        return self.lora_magnitude_vector.weight  # (out), of a convolution (1, out, 1, ...)
+
+    def _norm(self, w: Tensor) -> Tensor:
+        return self.lora.weight(w).detach().flatten(1).norm(dim=1)  # (out)
+
+    def weight(self, w: Tensor) -> Tensor:
+        v = self.lora.weight(w)
+        return v * along(self.m.flatten() / self._norm(w), v, 0)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:  # W' x + b = (V x) m / |V| + b
+        scale = base.op.out(self.m.flatten() / self._norm(base.weight()))
+        y, b = self.lora(x, base), base.bias()
+        return y * scale if b is None else (y - base.op.out(b)) * scale + base.op.out(b)

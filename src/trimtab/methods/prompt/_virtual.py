@@ -1,0 +1,139 @@
+"""What all prompt methods share: n virtual tokens in front of every input, as embeddings or as keys and values.
+
+One hook before the model's forward does it: while the cache is empty the virtual tokens are put in, afterwards only the
+mask and the positions make room for them. `generate` is not touched; it equals greedy decoding by repeated forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.adapter import ModelAdapter
+from trimtab.core.config import PeftConfig, in_range, option
+from trimtab.errors import BadCheckpoint, ConfigError, NotSupported
+
+if TYPE_CHECKING:
+    from trimtab.core.group import Group
+
+_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+@dataclass(kw_only=True)
+class PromptConfig(PeftConfig):
+    num_virtual_tokens: int = option(20, "number of virtual tokens")
+    token_dim: int | None = option(None, "width of one; none: read off the model, as are the next three")
+    num_transformer_submodules: int | None = option(None, "2 for encoder-decoder models")
+    num_attention_heads: int | None = option(None, "attention heads")
+    num_layers: int | None = option(None, "layers")
+    modules_to_save: list[str] | None = option(None, "modules that are trained in full beside the prompt")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range("num_virtual_tokens", self.num_virtual_tokens, 1)
+
+
+def _first(config: Any, *names: str) -> Any:
+    found = next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+    if found is None:
+        raise NotSupported(f"the config of a {getattr(config, 'model_type', 'model')!r} has none of {', '.join(names)}, which a prompt method needs")
+    return found
+
+
+def read_model(cfg: Any, model: nn.Module) -> Any:
+    """The model's text config, with the sizes that `cfg` leaves open written into `cfg`, as published files have them."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise NotSupported(f"{type(model).__name__} has no config: prompt methods go on transformers models")
+    config = config.get_text_config() if hasattr(config, "get_text_config") and not config.is_encoder_decoder else config
+    cfg.num_layers = cfg.num_layers or _first(config, "num_hidden_layers", "num_layers", "n_layer")
+    cfg.token_dim = cfg.token_dim or _first(config, "hidden_size", "n_embd", "d_model")
+    cfg.num_attention_heads = cfg.num_attention_heads or _first(
+        config, "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"
+    )
+    cfg.num_transformer_submodules = cfg.num_transformer_submodules or (2 if cfg.task_type == "SEQ_2_SEQ_LM" else 1)
+    return config
+
+
+class Prompt(ModelAdapter):
+    """Holds the table of virtual tokens; `table()` (rows, width) is exactly what is saved, as `prompt_embeddings`."""
+
+    def __init__(self, cfg: Any, rows: int, width: int) -> None:
+        super().__init__()
+        self.n, self.cfg = cfg.num_virtual_tokens, cfg
+        self.embedding = nn.Embedding(rows, width)
+
+    def table(self) -> Tensor:
+        return self.embedding.weight
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"prompt_embeddings": self.table()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Read a saved table. What made it (a projection) is not in the file: the table itself is what trains on."""
+        saved, want = tensors["prompt_embeddings"], tuple(self.table().shape)
+        if tuple(saved.shape) != want:
+            raise BadCheckpoint(f"prompt_embeddings is {tuple(saved.shape)} in the file and {want} by its config")
+        device = self.embedding.weight.device
+        self.embedding = nn.Embedding.from_pretrained(saved.detach().to(device, torch.float32).clone(), freeze=False)
+
+    # -- the hook -----------------------------------------------------------------------------------------------------
+    def insert(self, call: dict[str, Any], model: nn.Module, batch: int) -> None:
+        """Put the virtual tokens into a call whose cache is empty."""
+        raise NotImplementedError
+
+    def attach(self, model: nn.Module, group: Group) -> list[Any]:
+        where: Any = model
+        if self.cfg.task_type in _HEADS:  # under the head, so that labels and spans keep their positions
+            where = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        names = list(inspect.signature(where.forward).parameters)
+
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not group.live:
+                return None
+            call = dict(zip(names, args, strict=False)) | kwargs
+            self.enter(call, module, names)
+            return (), call
+
+        return [where.register_forward_pre_hook(before, with_kwargs=True)]
+
+    def enter(self, call: dict[str, Any], model: nn.Module, names: list[str]) -> None:
+        if getattr(model, "is_gradient_checkpointing", False) and self.training and torch.is_grad_enabled() and self.uses_cache:
+            raise NotSupported("gradient checkpointing drops the cache, and with it the prefix; turn it off for prefix tuning")
+        decoder = "decoder_" if "decoder_input_ids" in names else ""
+        ids = first_of(call, f"{decoder}inputs_embeds", f"{decoder}input_ids", "labels" if decoder else "input_ids")
+        if ids is None:
+            raise ConfigError("the model was called without input_ids or inputs_embeds")
+        cache_name = "cache" if "cache" in names else "past_key_values"
+        cache = call.pop("past_key_values", None) if "past_key_values" in call else call.pop(cache_name, None)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        call[cache_name] = cache
+        batch, length = ids.shape[:2]
+        self.widen(call, f"{decoder}attention_mask", f"{decoder}position_ids", names, batch, (past or self.n) + length, length)
+        if not past:
+            self.insert(call, model, batch)
+        if call[cache_name] is None:
+            del call[cache_name]
+
+    uses_cache = False
+
+    def widen(self, call: dict[str, Any], mask_name: str, position_name: str, names: list[str], batch: int, total: int, new: int) -> None:
+        """Make room for the virtual tokens in mask and positions, by the mask: padding is never counted as a position."""
+        mask, positions = call.get(mask_name), call.get(position_name)
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                raise NotSupported("prompt methods take a 2-D attention mask, and no static cache")
+            if mask.shape[1] < total:
+                call[mask_name] = mask = torch.cat([mask.new_ones(batch, self.n), mask], dim=1)
+        if positions is not None:
+            call[position_name] = positions + self.n
+        elif mask is not None and position_name in names and not mask.all():
+            call[position_name] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
+
+
+def first_of(call: dict[str, Any], *names: str) -> Any:
+    return next((call[n] for n in names if call.get(n) is not None), None)
