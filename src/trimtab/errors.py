@@ -1,13 +1,13 @@
 """The exceptions of trimtab. Each message says what was asked, what was found and what to do.
 
-    TrimtabError
-    ├── ConfigError(ValueError)       an option, a YAML key, an adapter config
-    ├── DataError(ValueError)         rows that cannot be right; carries every problem found, each with its place
-    ├── NoMatch(ValueError)           a target, an adapter name or a pattern that names nothing
-    ├── NotSupported(TypeError)       a method on a layer, base or model that cannot carry it
-    │   └── NotMergeable              ... or cannot be written back into a plain weight
-    ├── BadCheckpoint(ValueError)     an adapter folder that is damaged, unsafe, or belongs to another model
-    └── TrainingError(RuntimeError)   a run that cannot go on: nothing to train, no labels, a loss that is not finite
+TrimtabError
+├── ConfigError(ValueError)       an option, a YAML key, an adapter config
+├── DataError(ValueError)         rows that cannot be right; carries every problem found, each with its place
+├── NoMatch(ValueError)           a target, an adapter name or a pattern that names nothing
+├── NotSupported(TypeError)       a method on a layer, base or model that cannot carry it
+│   └── NotMergeable              ... or cannot be written back into a plain weight
+├── BadCheckpoint(ValueError)     an adapter folder that is damaged, unsafe, or belongs to another model
+└── TrainingError(RuntimeError)   a run that cannot go on: nothing to train, no labels, a loss that is not finite
 """
 
 from __future__ import annotations

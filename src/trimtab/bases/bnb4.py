@@ -50,7 +50,9 @@ class Bnb4(Base):
         plain.original_nested = False
         codes, _ = _convert_weight_packed_for_cpu_inverse(layer.weight.data, plain)  # type: ignore[union-attr,arg-type]
         scales = packed.absmax.T.reshape(-1).float()
-        return codes, QuantState(scales, packed.shape, packed.code, packed.blocksize, packed.quant_type, packed.original_dtype)
+        return codes, QuantState(
+            scales, packed.shape, packed.code, packed.blocksize, packed.quant_type, packed.original_dtype
+        )
 
     def weight(self) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit

@@ -18,7 +18,9 @@ class DenseLinear(Base):
 
     def __init__(self, layer: Any) -> None:
         if type(layer).forward is not nn.Linear.forward or not layer.weight.dtype.is_floating_point:
-            raise NotSupported(f"{type(layer).__module__}.{type(layer).__qualname__} is no plain Linear and trimtab has no base for it")
+            raise NotSupported(
+                f"{type(layer).__module__}.{type(layer).__qualname__} is no plain Linear and trimtab has no base for it"
+            )
         super().__init__(layer, LinearOp(layer), tuple(layer.weight.shape))
 
     def weight(self) -> Tensor:

@@ -168,4 +168,3 @@ class ModelAdapter(nn.Module):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         raise NotImplementedError
-

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ class Base:
     serves all kinds of layers and `fan_in_fan_out` does not exist in here.
     """
 
-    tolerance = 0.0  # largest |layer(x) - op(x, weight, bias)|, relative to |y|, beyond rounding; see the base's docstring
+    tolerance = (
+        0.0  # largest |layer(x) - op(x, weight, bias)|, relative to |y|, beyond rounding; see the base's docstring
+    )
 
     def __init__(self, layer: nn.Module, op: Op, shape: tuple[int, ...]) -> None:
         self.layer, self.op, self.shape = layer, op, shape
@@ -84,7 +86,7 @@ def bases() -> dict[str, Callable[[Any], Base]]:
     return _bases
 
 
-@lru_cache(maxsize=None)
+@cache
 def _format(kind: type) -> Callable[[Any], Base]:
     known = bases()
     for cls in kind.__mro__:

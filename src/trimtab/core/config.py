@@ -51,7 +51,9 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            self.task_type = one_of("task_type", getattr(self.task_type, "value", self.task_type), [t.value for t in TaskType])
+            self.task_type = one_of(
+                "task_type", getattr(self.task_type, "value", self.task_type), [t.value for t in TaskType]
+            )
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -76,13 +78,17 @@ class PeftConfig:
         unknown = {k: v for k, v in values.items() if k not in names and k != "peft_type"}
         if real := sorted(k for k, v in unknown.items() if not default_like(v)):
             shown = ", ".join(f"{k}={unknown[k]!r}" for k in real)
-            raise ConfigError(f"{where}: {cls.__name__} has no {shown}.{nearest(real[0], names)} Ignoring it would load a different adapter.")
+            raise ConfigError(
+                f"{where}: {cls.__name__} has no {shown}.{nearest(real[0], names)} Ignoring it would load a different adapter."
+            )
         if unknown:
             warnings.warn(f"{where}: ignored without effect: {', '.join(sorted(unknown))}", TrimtabWarning)
         return cls(**{k: v for k, v in values.items() if k in names})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
         """Read the config of an adapter folder. `kwargs` override fields that the file leaves null."""
         path = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_FILE)
         if not path.is_file():
@@ -107,7 +113,9 @@ def default_like(value: Any) -> bool:
 
 def one_of(name: str, value: Any, allowed: list[Any]) -> Any:
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r}: it is one of {', '.join(map(repr, allowed))}.{nearest(str(value), map(str, allowed))}")
+        raise ConfigError(
+            f"{name}={value!r}: it is one of {', '.join(map(repr, allowed))}.{nearest(str(value), map(str, allowed))}"
+        )
     return value
 
 
@@ -120,7 +128,9 @@ def in_range(name: str, value: Any, low: float, high: float = float("inf")) -> N
 class Targets(PeftConfig):
     """The fields that say where a method goes."""
 
-    target_modules: list[str] | str | None = option(None, "names of layers, a regex, or `all-linear`; none: by model type")
+    target_modules: list[str] | str | None = option(
+        None, "names of layers, a regex, or `all-linear`; none: by model type"
+    )
     modules_to_save: list[str] | None = option(None, "modules that are trained in full beside the adapter")
 
 
@@ -164,14 +174,18 @@ class Method:
 _methods: dict[str, Method] = {}
 
 
-def method(peft_type: str, *, config: type[PeftConfig], small: dict[str, Any] | None = None, switch: str | None = None) -> Callable[[type], type]:
+def method(
+    peft_type: str, *, config: type[PeftConfig], small: dict[str, Any] | None = None, switch: str | None = None
+) -> Callable[[type], type]:
     """Register a method under its published `peft_type`. Its file is `methods/<peft_type>.py` in lower case, or, for a
     variant that the config field `switch` turns on, the file which that field's `variant=` names."""
 
     def register(cls: type) -> type:
         name = cls.__module__.rpartition(".")[2] if switch else peft_type.lower()
         if name in _methods and _methods[name].adapter.__module__ != cls.__module__:
-            raise ConfigError(f"two methods are called {name!r}: {_methods[name].adapter.__module__} and {cls.__module__}")
+            raise ConfigError(
+                f"two methods are called {name!r}: {_methods[name].adapter.__module__} and {cls.__module__}"
+            )
         _methods[name] = Method(name, cls, config, small or {}, switch)
         if not switch:
             config.peft_type = peft_type
@@ -225,7 +239,9 @@ def config_for(name: str, **values: Any) -> PeftConfig:
     chosen = load(name)
     names = [f.name for f in fields(chosen.config)]
     if unknown := [k for k in values if k not in names]:
-        raise ConfigError(f"{name} has no option {', '.join(map(repr, unknown))}.{nearest(unknown[0], names)} Its options: trimtab methods {name}")
+        raise ConfigError(
+            f"{name} has no option {', '.join(map(repr, unknown))}.{nearest(unknown[0], names)} Its options: trimtab methods {name}"
+        )
     return chosen.config(**({chosen.switch: True} if chosen.switch else {}) | values)
 
 

@@ -80,7 +80,9 @@ def groups(model: nn.Module) -> dict[str, Group]:
 def group(model: nn.Module, name: str) -> Group:
     known = groups(model)
     if name not in known:
-        raise NoMatch(f"no adapter is called {name!r}; there {'is' if len(known) == 1 else 'are'}: {', '.join(known) or 'none'}.{nearest(name, known)}")
+        raise NoMatch(
+            f"no adapter is called {name!r}; there {'is' if len(known) == 1 else 'are'}: {', '.join(known) or 'none'}.{nearest(name, known)}"
+        )
     return known[name]
 
 
@@ -90,12 +92,18 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
             yield name, module
 
 
-def attach(model: nn.Module, cfg: PeftConfig, name: str = "default", *, full_precision: bool = True, strict: bool = True) -> Group:
+def attach(
+    model: nn.Module, cfg: PeftConfig, name: str = "default", *, full_precision: bool = True, strict: bool = True
+) -> Group:
     """Put a new adapter on `model`, in place. It is not active yet. Nothing is changed when this raises."""
     if not name or "." in name or "/" in name or "\\" in name:
-        raise ConfigError(f"adapter name {name!r}: a name has no dot and no slash, for it becomes a folder and a part of a path")
+        raise ConfigError(
+            f"adapter name {name!r}: a name has no dot and no slash, for it becomes a folder and a part of a path"
+        )
     if name in groups(model):
-        raise ConfigError(f"an adapter is called {name!r} already; delete_adapter({name!r}) first, or choose another name")
+        raise ConfigError(
+            f"an adapter is called {name!r} already; delete_adapter({name!r}) first, or choose another name"
+        )
     chosen, new = method_of(cfg), Group(name, cfg)
     plan: dict[str, list[tuple[Site, Adapter]]] = {}
     if issubclass(chosen.adapter, ModelAdapter):
@@ -132,11 +140,17 @@ def _plan_biases(model: nn.Module, cfg: PeftConfig, new: Group, plan: dict[str, 
         return
     others = [g.name for g in groups(model).values() if getattr(g.config, "bias", "none") != "none"]
     if others:
-        raise ConfigError(f"adapter {others[0]!r} trains biases already (bias={want!r}); only one adapter of a model can")
+        raise ConfigError(
+            f"adapter {others[0]!r} trains biases already (bias={want!r}); only one adapter of a model can"
+        )
     for path, module in layers(model):
         site = Site(path, port(frozen(module)), new.name)
         own = path in plan
-        if not path or any(isinstance(a, FullTune) for _, a in plan.get(path, [])) or any(path.startswith(f"{p}.") for p in plan):
+        if (
+            not path
+            or any(isinstance(a, FullTune) for _, a in plan.get(path, []))
+            or any(path.startswith(f"{p}.") for p in plan)
+        ):
             continue
         if (own or want == "all") and isinstance(getattr(frozen(module), "bias", None), nn.Parameter):
             plan.setdefault(path, []).append((site, BiasTune(site, alone=not own)))
@@ -205,7 +219,9 @@ def merge(model: nn.Module, names: list[str] | None = None, *, safe: bool = Fals
     """Write active adapters into the weights; `unmerge` gives the originals back exactly."""
     chosen = [group(model, n) for n in (active(model) if names is None else names)]
     if prompts := [g.name for g in chosen if g.adapter is not None]:
-        raise NotMergeable(f"{prompts[0]!r} is a prompt method: it has no weight to merge into. Keep the adapter folder beside the model")
+        raise NotMergeable(
+            f"{prompts[0]!r} is a prompt method: it has no weight to merge into. Keep the adapter folder beside the model"
+        )
     if idle := [g.name for g in chosen if not g.active]:
         raise NoMatch(f"adapter {idle[0]!r} is not active, so merging it would change the model; set_adapter first")
     if any(layer.disabled for _, layer in adapted(model)):

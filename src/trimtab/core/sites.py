@@ -59,7 +59,11 @@ def find_saved(model: nn.Module, cfg: Any) -> dict[str, nn.Module]:
     asked, heads = getattr(cfg, "modules_to_save", None) or [], HEADS.get(cfg.task_type or "", [])
     found: dict[str, nn.Module] = {}
     for name, module in layers(model):
-        if name and any(ends_with(name, m) for m in [*asked, *heads]) and not any(name.startswith(f"{f}.") for f in found):
+        if (
+            name
+            and any(ends_with(name, m) for m in [*asked, *heads])
+            and not any(name.startswith(f"{f}.") for f in found)
+        ):
             found[name] = module
     missing = [m for m in asked if not any(ends_with(n, m) for n in found)]
     if missing := [m for m in missing if m not in heads]:
@@ -88,7 +92,9 @@ def find_sites(model: nn.Module, cfg: Any, adapter: str = "default", *, strict: 
             continue
         if name in heads:
             if target != ALL_LINEAR:
-                raise NotSupported(f"{name!r}: nn.MultiheadAttention reads this weight past the layer, so an adapter would do nothing")
+                raise NotSupported(
+                    f"{name!r}: nn.MultiheadAttention reads this weight past the layer, so an adapter would do nothing"
+                )
             continue
         found.append(Site(name, base, adapter))
     _check(model, cfg, target, found, strict)
@@ -105,13 +111,17 @@ def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
         try:
             re.compile(target)
         except re.error as error:
-            raise ConfigError(f"target_modules={target!r} is a string, so it is a regex for the whole path, and not a right one: {error}") from None
+            raise ConfigError(
+                f"target_modules={target!r} is a string, so it is a regex for the whole path, and not a right one: {error}"
+            ) from None
         return target
     kind = getattr(getattr(model, "config", None), "model_type", None)
     table = method_of(cfg).adapter.targets or TARGETS
     if kind in table:
         return table[kind]
-    warnings.warn(f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning)
+    warnings.warn(
+        f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning
+    )
     return ALL_LINEAR
 
 
@@ -149,9 +159,13 @@ def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: li
     if target == ALL_LINEAR:
         missing = [] if found else wanted
     if missing and (strict or not found):
-        leaves = Counter(n.rpartition(".")[2] for n, m in layers(model) if port(frozen(m)).op.kind not in ("module", "norm"))
+        leaves = Counter(
+            n.rpartition(".")[2] for n, m in layers(model) if port(frozen(m)).op.kind not in ("module", "norm")
+        )
         names = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.most_common(12))
-        limits = ", ".join(f"{k}={v!r}" for k in ("layers_to_transform", "exclude_modules") if (v := getattr(cfg, k, None)))
+        limits = ", ".join(
+            f"{k}={v!r}" for k in ("layers_to_transform", "exclude_modules") if (v := getattr(cfg, k, None))
+        )
         raise NoMatch(
             f"no module matches target {', '.join(map(repr, missing))}{f' with {limits}' if limits else ''}."
             f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
@@ -159,7 +173,11 @@ def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: li
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(cfg, field, None) or {}:
             if strict and not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in found):
-                raise NoMatch(f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}")
+                raise NoMatch(
+                    f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}"
+                )
     if modules := [s.name for s in found if s.kind == "module"]:
         kinds = sorted({type(s.base.layer).__name__ for s in found if s.kind == "module"})
-        raise NotSupported(f"{modules[0]!r} and {len(modules) - 1} more are {', '.join(kinds)}: no layer that an adapter could act on")
+        raise NotSupported(
+            f"{modules[0]!r} and {len(modules) - 1} more are {', '.join(kinds)}: no layer that an adapter could act on"
+        )

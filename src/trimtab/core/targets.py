@@ -5,7 +5,10 @@ from __future__ import annotations
 from itertools import chain
 
 _BY_NAMES = {
-    ("q_proj", "v_proj"): "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3",
+    (
+        "q_proj",
+        "v_proj",
+    ): "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3",
     ("query", "value"): "bert roberta xlm-roberta electra layoutlm",
     ("query_key_value",): "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon",
     ("q", "v"): "t5 mt5",
@@ -22,7 +25,9 @@ _BY_NAMES = {
     ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
 }
 
-TARGETS: dict[str, list[str]] = dict(chain.from_iterable(((t, list(names)) for t in types.split()) for names, types in _BY_NAMES.items()))
+TARGETS: dict[str, list[str]] = dict(
+    chain.from_iterable(((t, list(names)) for t in types.split()) for names, types in _BY_NAMES.items())
+)
 
 HEADS: dict[str, list[str]] = {  # freshly made when a model is loaded for the task: trained and saved always
     "SEQ_CLS": ["classifier", "score"],

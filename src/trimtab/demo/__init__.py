@@ -1,0 +1,1 @@
+"""The bundled model and rows that `trimtab demo` runs on, offline."""

@@ -51,8 +51,7 @@ class Source:
 
     base: Path
     load_in_4bit: bool
-    compute: torch.dtype  # of the 4-bit layers
-    stored: torch.dtype  # of the base's own weights
+    dtype: torch.dtype  # that the run computed in; where no run is recorded, of the base's own weights
 
 
 def merge(
@@ -64,20 +63,20 @@ def merge(
     console: Console | None = None,
 ) -> MergeReport:
     """Write a plain transformers model (and tokenizer) to `output_dir`; raise `NotMergeable` where it differs from the
-    adapter by more than rounding. `dtype` auto: the base's own."""
+    adapter by more than rounding. `dtype` auto: what the run computed in (the base's own, where no run is recorded)."""
     adapter, out, console = Path(adapter_dir).expanduser(), Path(output_dir).expanduser(), console or Console()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output_dir {str(out)!r} exists and is not empty: choose a new folder")
     source = find_source(adapter, model)
-    target = source.stored if dtype == "auto" else getattr(torch, dtype)
+    target = source.dtype if dtype == "auto" else getattr(torch, dtype)
     tokenizer = load.load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else source.base)
     ids = probes(adapter, Renderer(tokenizer))
-    expected = logits(_adapted(adapter, source, target), ids)
+    expected = logits(_adapted(adapter, source), ids)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write(adapter, source, target, tokenizer, partial)
-        found = compare(expected, logits(load.load_model(partial, dtype=target), ids))
+        found = compare(expected, logits(load.load_model(partial, dtype=torch.float32), ids))
         limit = FOUR_BIT if source.load_in_4bit else TOLERANCE[target]
         report = MergeReport(
             out, str(adapter), str(source.base), str(target).removeprefix("torch."), source.load_in_4bit, found, limit
@@ -101,9 +100,10 @@ def find_source(adapter: Path, model: str | None = None) -> Source:
         raise ConfigError(f"{adapter} does not say what its base is: --model FOLDER")
     base = load.model_folder(name)
     four_bit = bool(record.get("options", {}).get("load_in_4bit"))
+    if "dtype" in record:
+        return Source(base, four_bit, getattr(torch, record["dtype"]))
     stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    own = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype") or "float32"))
-    return Source(base, four_bit, getattr(torch, record.get("dtype", "float32")), own)
+    return Source(base, four_bit, getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32"))
 
 
 def _record(adapter: Path) -> dict[str, Any]:
@@ -111,9 +111,10 @@ def _record(adapter: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _adapted(adapter: Path, source: Source, target: torch.dtype) -> Any:
-    """The adapter on its base, as `trimtab chat` runs it."""
-    dtype = source.compute if source.load_in_4bit else target
+def _adapted(adapter: Path, source: Source) -> Any:
+    """The adapter on the base that it was trained on. It computes in float32, as the merged model does for the
+    comparison, so that only the weights make a difference; 4-bit layers compute as in the run."""
+    dtype = source.dtype if source.load_in_4bit else torch.float32
     base = load.load_model(source.base, dtype=dtype, load_in_4bit=source.load_in_4bit)
     return PeftModel.from_pretrained(base, str(adapter)).eval()
 
@@ -122,7 +123,7 @@ def dense_base(source: Source) -> Any:
     """The base that was trained on, dense and in float32."""
     dense = load.load_model(source.base, dtype=torch.float32)
     if source.load_in_4bit:
-        quantised = load.load_model(source.base, dtype=source.compute, load_in_4bit=True)
+        quantised = load.load_model(source.base, dtype=source.dtype, load_in_4bit=True)
         with torch.no_grad():
             for name, layer in quantised.named_modules():
                 if isinstance(layer, nn.Linear) and not layer.weight.dtype.is_floating_point:

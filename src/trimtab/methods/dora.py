@@ -21,8 +21,12 @@ class DoRA(Adapter):
     def __init__(self, cfg: LoraConfig, site: Site) -> None:
         super().__init__()
         self.lora = LoRA(cfg, site)
-        self.lora_magnitude_vector = Factor(*([1] if site.kind == "conv" else []), site.shape[0], *[1] * (len(site.shape) - 2))
-        self.lora_magnitude_vector.weight.data.copy_(self._norm(site.base.weight().detach().float().cpu()).view_as(self.m))
+        self.lora_magnitude_vector = Factor(
+            *([1] if site.kind == "conv" else []), site.shape[0], *[1] * (len(site.shape) - 2)
+        )
+        self.lora_magnitude_vector.weight.data.copy_(
+            self._norm(site.base.weight().detach().float().cpu()).view_as(self.m)
+        )
         self.names = {f"lora.{own}": name for own, name in self.lora.names.items()}
         self.names |= {"lora.": "", "lora_magnitude_vector.weight": "lora_magnitude_vector"}
 

@@ -38,14 +38,18 @@ _FEEDFORWARD = sorted({name for _, names in _TABLE.values() for name in names})
 
 @dataclass(kw_only=True)
 class IA3Config(Targets, Excludes, FanIn):
-    feedforward_modules: list[str] | str | None = option(None, "the targets whose inputs are scaled; none: by model type")
+    feedforward_modules: list[str] | str | None = option(
+        None, "the targets whose inputs are scaled; none: by model type"
+    )
     init_ia3_weights: bool = option(True, "true: ones; false: random")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.target_modules, (list, set)) and isinstance(self.feedforward_modules, (list, set)):
             if extra := sorted(set(self.feedforward_modules) - set(self.target_modules)):
-                raise ConfigError(f"feedforward_modules: {extra[0]!r} is not among target_modules, so it would not be adapted")
+                raise ConfigError(
+                    f"feedforward_modules: {extra[0]!r} is not among target_modules, so it would not be adapted"
+                )
 
 
 @method("IA3", config=IA3Config)

@@ -48,8 +48,14 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
         in_range("r", self.r, 1)
         in_range("lora_dropout", self.lora_dropout, 0, 1)
         if self.init_lora_weights not in (True, False, "gaussian"):
-            raise NotSupported(f"init_lora_weights={self.init_lora_weights!r}: this version knows true, false and 'gaussian'")
-        later = [n for n, f in self.__dataclass_fields__.items() if f.metadata.get("later") and not default_like(getattr(self, n))]
+            raise NotSupported(
+                f"init_lora_weights={self.init_lora_weights!r}: this version knows true, false and 'gaussian'"
+            )
+        later = [
+            n
+            for n, f in self.__dataclass_fields__.items()
+            if f.metadata.get("later") and not default_like(getattr(self, n))
+        ]
         if later:
             raise NotSupported(f"{later[0]}={getattr(self, later[0])!r} is not supported by this version")
         if self.lora_bias and self.use_dora:
@@ -78,7 +84,11 @@ class LoRA(Adapter):
         self.lora_B = Factor(out, r // self.op.groups, bias=out if cfg.lora_bias else None)  # weight (out, r / groups)
         self.drop = nn.Dropout(cfg.lora_dropout) if site.kind != "embedding" else nn.Identity()  # ids cannot be dropped
         self.s = site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
-        self.names = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"} if site.kind == "embedding" else {}
+        self.names = (
+            {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
+            if site.kind == "embedding"
+            else {}
+        )
         self.reset(cfg, site)
 
     def reset(self, cfg: LoraConfig, site: Site) -> None:

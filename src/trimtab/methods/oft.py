@@ -31,7 +31,9 @@ class OFTConfig(Targets, Excludes, Layers, Biases, FanIn):
         in_range("module_dropout", self.module_dropout, 0, 1)
         in_range("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 1)
         if (self.r == 0) == (self.oft_block_size == 0):
-            raise ConfigError(f"r={self.r}, oft_block_size={self.oft_block_size}: give one of the two, and 0 for the other")
+            raise ConfigError(
+                f"r={self.r}, oft_block_size={self.oft_block_size}: give one of the two, and 0 for the other"
+            )
 
 
 def divisor(n: int, wish: int) -> int:
@@ -63,7 +65,9 @@ class OFT(Adapter):
     def rotation(self) -> Tensor:
         """(blocks, B, B)."""
         v, rows = self.oft_R.weight, torch.triu_indices(self.size, self.size, 1, device=self.oft_R.weight.device)
-        Q = v.new_zeros(v.shape[0], self.size, self.size).index_put((torch.arange(v.shape[0], device=v.device)[:, None], *rows), v)
+        Q = v.new_zeros(v.shape[0], self.size, self.size).index_put(
+            (torch.arange(v.shape[0], device=v.device)[:, None], *rows), v
+        )
         Q = Q - Q.mT
         if self.cfg.coft:  # v itself is kept inside, so that the optimizer does not wander off
             with torch.no_grad():
@@ -99,4 +103,8 @@ class OFT(Adapter):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         if not self.point:
             return super().forward(x, base)
-        return self.rotate(base(x), self.rotation()) if self.on_output else base(self.rotate(x, self.rotation()).to(x.dtype))
+        return (
+            self.rotate(base(x), self.rotation())
+            if self.on_output
+            else base(self.rotate(x, self.rotation()).to(x.dtype))
+        )

@@ -40,7 +40,9 @@ class Projections(nn.Module):
         shapes = {"vera_A": (cfg.r, max(s.shape[1] for s in sites)), "vera_B": (max(s.shape[0] for s in sites), cfg.r)}
         for name, shape in shapes.items():
             bound = (6 / shape[1]) ** 0.5
-            self.register_buffer(name, torch.empty(shape).uniform_(-bound, bound, generator=draw), persistent=cfg.save_projection)
+            self.register_buffer(
+                name, torch.empty(shape).uniform_(-bound, bound, generator=draw), persistent=cfg.save_projection
+            )
 
 
 @method("VERA", config=VeraConfig, small={"r": 4})

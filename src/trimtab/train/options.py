@@ -27,7 +27,9 @@ class TrainOptions:
     val_dataset: list[str] = _opt(list, "files or folders of validation rows", group="Data")
     val_size: float = _opt(0.0, "rows held out: a share below 1, or a number", group="Data")
     max_length: int = _opt(2048, "longest example in tokens", group="Data")
-    overlong: Literal["drop", "truncate_prompt", "truncate_end", "error"] = _opt("drop", "what happens to longer ones", group="Data")
+    overlong: Literal["drop", "truncate_prompt", "truncate_end", "error"] = _opt(
+        "drop", "what happens to longer ones", group="Data"
+    )
     train_on: Literal["assistant", "last", "all"] = _opt("assistant", "turns that carry loss", group="Data")
     max_train_samples: int | None = _opt(None, "use only the first N rows", group="Data")
     shuffle: bool = _opt(True, "false: file order in every epoch", group="Data")
@@ -35,7 +37,9 @@ class TrainOptions:
     adapter: str = _opt("lora", "method: see `trimtab methods`", group="Model")
     init_adapter: str | None = _opt(None, "start from the weights of this adapter folder", group="Model")
     load_in_4bit: bool = _opt(False, "quantise the frozen base to 4-bit NF4 (needs bitsandbytes)", group="Model")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _opt("auto", "of the base; auto: bfloat16 where the chip has it", group="Model")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _opt(
+        "auto", "of the base; auto: bfloat16 where the chip has it", group="Model"
+    )
     trust_remote_code: bool = _opt(False, "run code that the model folder brings", group="Model")
     gradient_checkpointing: bool = _opt(False, "recompute activations: less memory, slower", group="Model")
     # optimisation
@@ -44,7 +48,9 @@ class TrainOptions:
     num_train_epochs: float = _opt(1.0, "passes over the rows", group="Optimisation")
     max_steps: int = _opt(-1, "optimizer steps; overrides epochs", group="Optimisation")
     learning_rate: float = _opt(2e-4, "peak learning rate", group="Optimisation")
-    lr_scheduler_type: str = _opt("cosine", "schedule after warm-up (linear, cosine, constant, ...)", group="Optimisation")
+    lr_scheduler_type: str = _opt(
+        "cosine", "schedule after warm-up (linear, cosine, constant, ...)", group="Optimisation"
+    )
     warmup_ratio: float = _opt(0.03, "share of the steps that warm up", group="Optimisation")
     weight_decay: float = _opt(0.0, "decoupled weight decay", group="Optimisation")
     max_grad_norm: float = _opt(1.0, "clip the gradient's norm; 0: never", group="Optimisation")
@@ -55,7 +61,9 @@ class TrainOptions:
     eval_steps: int | None = _opt(None, "steps between evaluations (default: once an epoch)", group="Run")
     save_steps: int | None = _opt(None, "steps between checkpoints (default: at the end only)", group="Run")
     save_total_limit: int | None = _opt(2, "checkpoints kept", group="Run")
-    early_stopping_patience: int | None = _opt(None, "stop after this many evaluations without a better loss", group="Run")
+    early_stopping_patience: int | None = _opt(
+        None, "stop after this many evaluations without a better loss", group="Run"
+    )
     load_best_model_at_end: bool = _opt(False, "keep the adapter with the lowest validation loss", group="Run")
     report_to: list[str] = _opt(list, "loggers of transformers: tensorboard, wandb, ...", group="Run")
     resume_from_checkpoint: str | None = _opt(None, "continue from a checkpoint folder, or `last`", group="Run")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,9 @@ class PromptConfig(PeftConfig):
 def _first(config: Any, *names: str) -> Any:
     found = next((v for n in names if (v := getattr(config, n, None)) is not None), None)
     if found is None:
-        raise NotSupported(f"the config of a {getattr(config, 'model_type', 'model')!r} has none of {', '.join(names)}, which a prompt method needs")
+        raise NotSupported(
+            f"the config of a {getattr(config, 'model_type', 'model')!r} has none of {', '.join(names)}, which a prompt method needs"
+        )
     return found
 
 
@@ -49,7 +52,9 @@ def read_model(cfg: Any, model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None:
         raise NotSupported(f"{type(model).__name__} has no config: prompt methods go on transformers models")
-    config = config.get_text_config() if hasattr(config, "get_text_config") and not config.is_encoder_decoder else config
+    config = (
+        config.get_text_config() if hasattr(config, "get_text_config") and not config.is_encoder_decoder else config
+    )
     cfg.num_layers = cfg.num_layers or _first(config, "num_hidden_layers", "num_layers", "n_layer")
     cfg.token_dim = cfg.token_dim or _first(config, "hidden_size", "n_embd", "d_model")
     cfg.num_attention_heads = cfg.num_attention_heads or _first(
@@ -91,19 +96,19 @@ class Prompt(ModelAdapter):
         if self.cfg.task_type in _HEADS:  # under the head, so that labels and spans keep their positions
             where = getattr(model, getattr(model, "base_model_prefix", ""), model)
         names = list(inspect.signature(where.forward).parameters)
+        return [where.register_forward_pre_hook(partial(self.before, group, names), with_kwargs=True)]
 
-        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not group.live:
-                return None
-            call = dict(zip(names, args, strict=False)) | kwargs
-            self.enter(call, module, names)
-            return (), call
-
-        return [where.register_forward_pre_hook(before, with_kwargs=True)]
+    def before(self, group: Group, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A bound method, as all hooks here: copies and pickles of the model then hook to their own group."""
+        if not group.live:
+            return None
+        call = dict(zip(names, args, strict=False)) | kwargs
+        self.enter(call, module, names)
+        return (), call
 
     def enter(self, call: dict[str, Any], model: nn.Module, names: list[str]) -> None:
-        if getattr(model, "is_gradient_checkpointing", False) and self.training and torch.is_grad_enabled() and self.uses_cache:
-            raise NotSupported("gradient checkpointing drops the cache, and with it the prefix; turn it off for prefix tuning")
+        if self.uses_cache and self.training and torch.is_grad_enabled():
+            refuse_checkpointing(model)
         decoder = "decoder_" if "decoder_input_ids" in names else ""
         ids = first_of(call, f"{decoder}inputs_embeds", f"{decoder}input_ids", "labels" if decoder else "input_ids")
         if ids is None:
@@ -113,7 +118,9 @@ class Prompt(ModelAdapter):
         past = 0 if cache is None else int(cache.get_seq_length())
         call[cache_name] = cache
         batch, length = ids.shape[:2]
-        self.widen(call, f"{decoder}attention_mask", f"{decoder}position_ids", names, batch, (past or self.n) + length, length)
+        self.widen(
+            call, f"{decoder}attention_mask", f"{decoder}position_ids", names, batch, (past or self.n) + length, length
+        )
         if not past:
             self.insert(call, model, batch)
         if call[cache_name] is None:
@@ -121,7 +128,16 @@ class Prompt(ModelAdapter):
 
     uses_cache = False
 
-    def widen(self, call: dict[str, Any], mask_name: str, position_name: str, names: list[str], batch: int, total: int, new: int) -> None:
+    def widen(
+        self,
+        call: dict[str, Any],
+        mask_name: str,
+        position_name: str,
+        names: list[str],
+        batch: int,
+        total: int,
+        new: int,
+    ) -> None:
         """Make room for the virtual tokens in mask and positions, by the mask: padding is never counted as a position."""
         mask, positions = call.get(mask_name), call.get(position_name)
         if mask is not None:
@@ -133,6 +149,13 @@ class Prompt(ModelAdapter):
             call[position_name] = positions + self.n
         elif mask is not None and position_name in names and not mask.all():
             call[position_name] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -new:]
+
+
+def refuse_checkpointing(model: nn.Module) -> None:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise NotSupported(
+            "gradient checkpointing drops the cache, and with it the prefix; turn it off for prefix tuning"
+        )
 
 
 def first_of(call: dict[str, Any], *names: str) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.core.adapter import seeded
 from trimtab.core.config import method, one_of, option
 from trimtab.errors import NotSupported
-from trimtab.methods.prompt._virtual import Prompt, PromptConfig, read_model
+from trimtab.methods.prompt._virtual import Prompt, PromptConfig, read_model, refuse_checkpointing
 
 if TYPE_CHECKING:
     from trimtab.core.group import Group
@@ -59,7 +59,9 @@ class PrefixTuning(Prompt):
             last = nn.Linear(cfg.encoder_hidden_size, width)
             self.transform = nn.Sequential(nn.Linear(cfg.token_dim, cfg.encoder_hidden_size), nn.Tanh(), last)
             for layer in (self.transform[0], last):
-                nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=seeded(f"prefix/{tuple(layer.weight.shape)}"))
+                nn.init.kaiming_uniform_(
+                    layer.weight, a=5**0.5, generator=seeded(f"prefix/{tuple(layer.weight.shape)}")
+                )
                 nn.init.zeros_(layer.bias)
         if cfg.init_weights == "zero":
             for parameter in last.parameters():
@@ -68,12 +70,16 @@ class PrefixTuning(Prompt):
     def check(self, cfg: Any, model: Any, config: Any) -> None:
         size = getattr(config, "d_kv", None)
         if size is not None and size * cfg.num_attention_heads != cfg.token_dim:
-            raise NotSupported(f"prefix tuning: {cfg.num_attention_heads} heads of {size} are not token_dim={cfg.token_dim}")
+            raise NotSupported(
+                f"prefix tuning: {cfg.num_attention_heads} heads of {size} are not token_dim={cfg.token_dim}"
+            )
         layers = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
         if self.is_encoder_decoder and layers not in (None, cfg.num_layers):
             raise NotSupported(f"prefix tuning: {layers} decoder layers and {cfg.num_layers} encoder layers")
         if not self.is_encoder_decoder and not model.can_generate() and not hasattr(model, "score"):
-            raise NotSupported(f"{type(model).__name__} is an encoder: it reads no cached keys, so prefix tuning would do nothing")
+            raise NotSupported(
+                f"{type(model).__name__} is an encoder: it reads no cached keys, so prefix tuning would do nothing"
+            )
 
     def table(self) -> Tensor:
         return self.embedding.weight if self.transform is None else self.transform(self.embedding.weight)
@@ -83,16 +89,15 @@ class PrefixTuning(Prompt):
         self.transform = None
 
     def attach(self, model: nn.Module, group: Group) -> list[Any]:
-        if getattr(model, "is_gradient_checkpointing", False):
-            raise NotSupported("gradient checkpointing drops the cache, and with it the prefix; turn it off for prefix tuning")
+        refuse_checkpointing(model)
         handles = super().attach(model, group)
+        return [*handles, model.register_forward_hook(partial(self.after, group), with_kwargs=True)]
 
-        def after(module: Any, args: Any, call: dict[str, Any], output: Any) -> Any:
-            if group.live and call.get("use_cache") is False and hasattr(output, "items"):  # none was asked for: give none back
-                return type(output)(**{k: v for k, v in output.items() if k not in ("cache", "past_key_values")})
-            return output
-
-        return [*handles, model.register_forward_hook(after, with_kwargs=True)]
+    def after(self, group: Group, module: Any, args: Any, call: dict[str, Any], output: Any) -> Any:
+        """The cache carried the prefix in; where the caller asked for none, none goes back."""
+        if group.live and call.get("use_cache") is False and hasattr(output, "items"):
+            return type(output)(**{k: v for k, v in output.items() if k not in ("cache", "past_key_values")})
+        return output
 
     def insert(self, call: dict[str, Any], model: Any, batch: int) -> None:
         from transformers import DynamicCache, EncoderDecoderCache
@@ -101,11 +106,17 @@ class PrefixTuning(Prompt):
         cache, config = call[name], model.config
         if cache is None:
             own = DynamicCache(config=config.get_text_config(decoder=True))
-            cache = EncoderDecoderCache(own, DynamicCache(config=config.get_text_config(decoder=True))) if self.is_encoder_decoder else own
+            cache = (
+                EncoderDecoderCache(own, DynamicCache(config=config.get_text_config(decoder=True)))
+                if self.is_encoder_decoder
+                else own
+            )
         call[name] = cache
         held = cache.self_attention_cache if self.is_encoder_decoder else cache
         layers, heads = self.cfg.num_layers, self.cfg.num_attention_heads
-        slots = self.table().to(model.dtype).view(self.n, 2 * layers, heads, -1).permute(1, 2, 0, 3)  # (2 layers, heads, n, dim)
+        slots = (
+            self.table().to(model.dtype).view(self.n, 2 * layers, heads, -1).permute(1, 2, 0, 3)
+        )  # (2 layers, heads, n, dim)
         slots = slots[:, None].expand(-1, batch, -1, -1, -1)
         for i in range(layers):
             first = 4 * i % (2 * layers) if self.is_encoder_decoder else 2 * i

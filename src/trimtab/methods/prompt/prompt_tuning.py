@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,9 @@ class PromptTuningConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.prompt_tuning_init = one_of("prompt_tuning_init", self.prompt_tuning_init, ["RANDOM", "SAMPLE_VOCAB", "TEXT"])
+        self.prompt_tuning_init = one_of(
+            "prompt_tuning_init", self.prompt_tuning_init, ["RANDOM", "SAMPLE_VOCAB", "TEXT"]
+        )
         if self.prompt_tuning_init == "TEXT" and not (self.prompt_tuning_init_text and self.tokenizer_name_or_path):
             raise ConfigError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text and tokenizer_name_or_path")
 
@@ -56,7 +59,9 @@ class PromptTuning(Prompt):
             from transformers import AutoTokenizer
 
             options = {k: v for k, v in (cfg.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-            ids = AutoTokenizer.from_pretrained(cfg.tokenizer_name_or_path, **options)(cfg.prompt_tuning_init_text).input_ids
+            ids = AutoTokenizer.from_pretrained(cfg.tokenizer_name_or_path, **options)(
+                cfg.prompt_tuning_init_text
+            ).input_ids
             return words[torch.tensor((ids * rows)[:rows])]
         return words[torch.randint(len(words), (rows,), generator=draw)]
 
@@ -66,37 +71,35 @@ class PromptTuning(Prompt):
         handles = super().attach(model, group)
         if self.cfg.task_type in _HEADS:
             backbone: Any = getattr(model, getattr(model, "base_model_prefix", ""), model)
-
-            def after(module: Any, args: Any, output: Any) -> Any:
-                if group.live:
-                    output.last_hidden_state = output.last_hidden_state[:, self.n :]
-                return output
-
-            handles.append(backbone.register_forward_hook(after))
+            handles.append(backbone.register_forward_hook(partial(self.strip, group)))
         return handles
+
+    def strip(self, group: Group, module: Any, args: Any, output: Any) -> Any:
+        if group.live:
+            output.last_hidden_state = output.last_hidden_state[:, self.n :]
+        return output
 
     def attach_encoder(self, model: Any, group: Group) -> list[Any]:
         """The encoder gets the prompt whoever calls it; the decoder's view of its output only needs the wider mask."""
-
-        def encoder_before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
-            if not group.live:
-                return None
-            call = call | ({"input_ids": args[0]} if args else {})
-            ids = first_of(call, "inputs_embeds", "input_ids")
-            self.widen(call, "attention_mask", "position_ids", [], len(ids), self.n + ids.shape[1], ids.shape[1])
-            self.insert(call, model, len(ids))
-            return (), call
-
-        def model_before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
-            if not group.live or call.get("attention_mask") is None:
-                return None
-            mask = call["attention_mask"]
-            return args, call | {"attention_mask": torch.cat([mask.new_ones(len(mask), self.n), mask], dim=1)}
-
         return [
-            model.get_encoder().register_forward_pre_hook(encoder_before, with_kwargs=True),
-            model.register_forward_pre_hook(model_before, with_kwargs=True),
+            model.get_encoder().register_forward_pre_hook(partial(self.before_encoder, group, model), with_kwargs=True),
+            model.register_forward_pre_hook(partial(self.before_decoder, group), with_kwargs=True),
         ]
+
+    def before_encoder(self, group: Group, model: Any, module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
+        if not group.live:
+            return None
+        call = call | ({"input_ids": args[0]} if args else {})
+        ids = first_of(call, "inputs_embeds", "input_ids")
+        self.widen(call, "attention_mask", "position_ids", [], len(ids), self.n + ids.shape[1], ids.shape[1])
+        self.insert(call, model, len(ids))
+        return (), call
+
+    def before_decoder(self, group: Group, module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
+        if not group.live or call.get("attention_mask") is None:
+            return None
+        mask = call["attention_mask"]
+        return args, call | {"attention_mask": torch.cat([mask.new_ones(len(mask), self.n), mask], dim=1)}
 
     def insert(self, call: dict[str, Any], model: Any, batch: int) -> None:
         n, ids = self.n, call.pop("input_ids", None)

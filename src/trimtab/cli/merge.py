@@ -1,0 +1,25 @@
+"""`trimtab merge`: an adapter and its base as one plain model, verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from trimtab.cli import screen
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="the adapter folder", show_default=False)],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="where the merged model is written", show_default=False)],
+    model: Annotated[str | None, typer.Option("--model", help="the base, where it is not where the adapter says")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (the base's own), bfloat16, float16 or float32")] = "auto",
+) -> None:
+    """Make adapter and base one plain model; the two are compared on probe prompts."""
+    from trimtab.export.merge import merge as merged
+
+    out = screen.console()
+    merged(adapter, output_dir, model=model, dtype=dtype, console=out)
+    out.print(Text.assemble(("talk to it  ", "dim"), (f"trimtab chat {output_dir}", "cyan")), soft_wrap=True)

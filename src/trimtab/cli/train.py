@@ -1,0 +1,117 @@
+"""`trimtab train`: rows in, an adapter folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.cli import help, screen
+from trimtab.cli.settings import Settings, resolve
+from trimtab.errors import ConfigError
+from trimtab.train.options import TrainOptions
+
+USAGE = "trimtab train DATA... --model MODEL --output_dir OUT [OPTIONS]"
+ABOUT = """
+Fine-tune MODEL on your rows: an adapter folder that `trimtab chat` opens is written to OUT.
+
+DATA is one or more files or folders (.jsonl .json .csv .parquet). Three options are enough to begin:
+
+    trimtab train rows.jsonl --model ./SmolLM2-135M-Instruct --output_dir out
+
+Every option may also stand in a flat YAML file, under the same name: --config run.yaml. Flags win over the file.
+"""
+AFTER = """
+The adapter's own options (--r, --lora_alpha, --target_modules, ...) are flags too: see `trimtab methods lora`.
+Names of other tools (lora_rank, cutoff_len, ...) are understood; how each was read is printed.
+"""
+CONFIG = ("--config", "FILE", "a YAML file with any of these options", "")
+
+
+def train(ctx: typer.Context) -> None:
+    """Fine-tune a model on your rows."""
+    out = screen.console()
+    if wants_help(ctx.args):
+        groups = help.run_options()
+        groups["Run"].insert(0, CONFIG)
+        return help.page(out, USAGE, ABOUT, groups, AFTER)
+    settings = resolve(ctx.args)
+    need(settings.options, "trimtab train", "dataset", "model")
+    tell(settings, out)
+    from trimtab.train.run import run
+
+    run(settings.options, console=out)
+    next_steps(settings.options, out)
+
+
+def wants_help(args: list[str]) -> bool:
+    return not args or any(arg in ("--help", "-h") for arg in args)
+
+
+def need(options: TrainOptions, command: str, *names: str) -> None:
+    """What has no default and was not said."""
+    examples = {"dataset": "rows.jsonl", "model": "--model FOLDER"}
+    if missing := [n for n in names if not getattr(options, n)]:
+        full = " ".join([command, *(examples[n] for n in names)])
+        raise ConfigError(f"no {' and no '.join(missing)} was given. As in: {full}")
+
+
+def tell(settings: Settings, out: Console) -> None:
+    """How the options were understood, before anything is loaded."""
+    tell_notes(settings, out)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    for name, text in summary(settings.options, settings.given):
+        table.add_row(name, Text(text))
+    out.print(table)
+
+
+def tell_notes(settings: Settings, out: Console) -> None:
+    for note in settings.notes:
+        out.print(Text(f"understood: {note}", style="dim"), soft_wrap=True)
+
+
+def summary(options: TrainOptions, given: dict[str, str]) -> list[tuple[str, str]]:
+    """The run in a few lines; whatever else was said stands in the last one."""
+    o = options
+    own = ", ".join(f"{k} {_short(v)}" for k, v in o.adapter_options.items())
+    length = f"{o.max_steps} steps" if o.max_steps > 0 else f"{o.num_train_epochs:g} epoch{'s' * (o.num_train_epochs != 1)}"
+    micro = f", {o.micro_batch_size} at a time" if o.micro_batch_size else ""
+    lines = [
+        ("model", f"{o.model}{' in 4 bit' * o.load_in_4bit}"),
+        ("rows", ", ".join(o.dataset)),
+        ("adapter", f"{o.adapter}: {own or 'its defaults'}"),
+        ("loss on", f"{o.train_on} turns; rows over {o.max_length} tokens: {o.overlong}"),
+        ("batch", f"{o.batch_size} examples a step{micro}, {length}"),
+        ("rate", f"{o.learning_rate:g}, {o.lr_scheduler_type}, warm-up {o.warmup_ratio:.0%}, {o.optim}"),
+        ("to", o.output_dir),
+    ]
+    told = set(
+        "model load_in_4bit dataset adapter train_on max_length overlong batch_size micro_batch_size max_steps"
+        " num_train_epochs learning_rate lr_scheduler_type warmup_ratio optim output_dir".split()
+    )
+    rest = [f.name for f in dataclasses.fields(o) if f.name in given and f.name not in told]
+    if rest:
+        lines.append(("also", ", ".join(f"{n} {_short(getattr(o, n))}" for n in rest)))
+    return lines
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def next_steps(options: TrainOptions, out: Console) -> None:
+    here = Path(options.output_dir)
+    commands = [
+        ("talk to it", f"trimtab chat {here}"),
+        ("make it a plain model", f"trimtab merge {here} --output_dir {here}-merged"),
+        ("go on training", f"trimtab train DATA --model {options.model} --init_adapter {here} --output_dir {here}-2"),
+    ]
+    out.print()
+    for what, command in commands:
+        out.print(Text.assemble((f"{what:>22}  ", "dim"), (command, "cyan")), soft_wrap=True)

@@ -1,0 +1,75 @@
+"""A flat YAML file as (key, value, file:line), with every problem it has."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trimtab.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Given:
+    """One option as the user wrote it, and where: `run.yaml:3` or `--lora_r`."""
+
+    key: str
+    value: Any
+    place: str
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `1e-4` is a number (YAML 1.1 asks for `1.0e-4`)."""
+
+
+# copied, because yaml keeps one table for all loaders and prepending to it would change yaml.safe_load everywhere
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path) -> list[Given]:
+    """The file's options in order. A key given twice is an error: it has no right answer."""
+    loader = _Loader(_text(path))
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}:1: expected `option: value` lines, found a {root.id}")
+        given, seen, problems = [], {}, []
+        for key_node, value_node in root.value:
+            key = str(key_node.value).replace("-", "_")
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                problems.append(f"{path}:{line}: {key} is given twice (first on line {seen[key]}); keep one")
+            seen.setdefault(key, line)
+            given.append(Given(key, loader.construct_object(value_node, deep=True), f"{path}:{line}"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{path}:{line}: not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    finally:
+        loader.dispose()
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return given
+
+
+def _text(path: Path) -> str:
+    if path.is_dir():
+        raise ConfigError(f"--config {path} is a folder; give the YAML file itself")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file (looked in {Path.cwd()})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: not a text file in UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,194 @@
+"""Adapter folders: `adapter_config.json` and `adapter_model.safetensors`, as the field publishes them.
+
+Keys are `base_model.model.<path>.<tensor>` with no adapter name in them; what an adapter shares between its sites stands at
+`base_model.<tensor>`; a prompt method's table is `prompt_embeddings`. Reading is strict, writing is atomic and re-read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trimtab.core.config import CONFIG_FILE
+from trimtab.core.files import write
+from trimtab.core.group import Group
+from trimtab.core.sites import frozen
+from trimtab.errors import BadCheckpoint
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+
+
+@dataclass
+class LoadReport:
+    """What a load did. `missing_keys` the adapter has and the file lacks; `unexpected_keys` the other way round."""
+
+    loaded: list[str] = field(default_factory=list)
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    mismatched_keys: list[str] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        rows = [
+            ("missing", self.missing_keys),
+            ("unexpected", self.unexpected_keys),
+            ("of another shape", self.mismatched_keys),
+        ]
+        return [
+            f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+            for what, keys in rows
+            if keys
+        ]
+
+
+def live(group: Group) -> dict[str, Tensor]:
+    """The adapter's own tensors by their published keys."""
+    prompt = group.adapter is not None
+    prefix = "base_model." if prompt else PREFIX  # published prompt files have one level less
+    found = dict(group.adapter.tensors()) if group.adapter is not None else {}
+    for path, name, tensor in group.tensors():
+        found[f"{prefix}{path}.{name}" if path else f"base_model.{name}"] = tensor
+    return found
+
+
+def state(group: Group, values: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
+    """Published keys and detached tensors. `values`: gathered tensors by the id of the parameter they stand for."""
+    return {k: (values or {}).get(id(t), t).detach() for k, t in live(group).items()}
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+def folder(name: str | Path, subfolder: str | None = None) -> Path:
+    """The adapter folder that `name` means: itself, or a hub id's snapshot in the local cache. Nothing is downloaded."""
+    path = Path(name).expanduser()
+    if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            path = Path(snapshot_download(str(name), local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise BadCheckpoint(
+                f"no adapter folder {str(name)!r} is here, and the local cache has none of that name"
+            ) from None
+    path = path / (subfolder or "")
+    if not path.is_dir():
+        raise BadCheckpoint(f"no adapter folder {str(path)!r}")
+    if not (path / CONFIG_FILE).is_file():
+        inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_FILE}"))
+        more = f" Adapters inside it: {', '.join(inside[:8])}" if inside else ""
+        raise BadCheckpoint(f"no {CONFIG_FILE} in {path}: it is no adapter folder.{more}")
+    return path
+
+
+def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of an adapter folder. Pickle can run code, so it is read only where that is asked for."""
+    file, pickled = path / WEIGHTS_FILE, path / PICKLE_FILE
+    if file.is_file():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return {k: opened.get_tensor(k) for k in opened.keys()}
+        except (SafetensorError, OSError) as error:
+            raise BadCheckpoint(
+                f"{file} is damaged or cut off ({error}): copy it again, or take an earlier checkpoint"
+            ) from None
+    if not pickled.is_file():
+        raise BadCheckpoint(f"no {WEIGHTS_FILE} in {path}")
+    if not allow_pickle:
+        raise BadCheckpoint(
+            f"{pickled} is a pickle, which can run code when it is opened. If you trust it, convert it once: "
+            f"safetensors.torch.save_file(torch.load({PICKLE_FILE!r}, weights_only=True), {WEIGHTS_FILE!r})"
+        )
+    return torch.load(pickled, map_location="cpu", weights_only=True)
+
+
+def load(
+    model: nn.Module,
+    group: Group,
+    tensors: Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+    source: str = "",
+) -> LoadReport:
+    """Copy a file's tensors into an adapter. strict: any key that is missing, unexpected or mis-shaped raises, and
+    nothing is changed. Full copies of frozen embeddings, which other tools write, must equal the model's."""
+    own, report, chosen = live(group), LoadReport(), {}
+    given = {_normal(k, own): v for k, v in tensors.items()}
+    for key, value in given.items():
+        if key not in own:
+            if not _same_as_base(model, key, value):
+                report.unexpected_keys.append(key)
+        elif tuple(own[key].shape) != tuple(value.shape):
+            report.mismatched_keys.append(f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}")
+        else:
+            chosen[key] = value
+    report.missing_keys = [k for k in own if k not in given]
+    report.loaded = list(chosen)
+    bad = report.missing_keys or report.unexpected_keys or (report.mismatched_keys and not ignore_mismatched_sizes)
+    if strict and bad:
+        raise BadCheckpoint(_message(group, own, report, source))
+    with torch.no_grad():
+        if group.adapter is not None and (prompt := {k: v for k, v in chosen.items() if k in group.adapter.tensors()}):
+            group.adapter.load(prompt)
+            chosen = {k: v for k, v in chosen.items() if k not in prompt}
+        for key, value in chosen.items():
+            own[key].copy_(value)
+    return report
+
+
+def _normal(key: str, own: Mapping[str, Tensor]) -> str:
+    """Injected models' files have no prefix."""
+    return key if key in own or f"{PREFIX}{key}" not in own else f"{PREFIX}{key}"
+
+
+def _same_as_base(model: nn.Module, key: str, value: Tensor) -> bool:
+    path, _, leaf = key.removeprefix(PREFIX).removesuffix(".weight").partition(".base_layer")
+    try:
+        layer = frozen(model.get_submodule(path))
+    except AttributeError:
+        return False
+    weight = getattr(layer, "weight", None)
+    same = isinstance(weight, Tensor) and leaf == "" and key.endswith(".weight") and weight.shape == value.shape
+    return bool(same and torch.equal(weight.to(value.device, value.dtype), value))  # type: ignore[union-attr]
+
+
+def _message(group: Group, own: Mapping[str, Tensor], report: LoadReport, source: str) -> str:
+    odd = next(iter(report.unexpected_keys), "")
+    near = difflib.get_close_matches(odd, list(own), n=1) if odd else []
+    base = group.config.base_model_name_or_path
+    return (
+        f"{source or 'these tensors'} do not fit adapter {group.name!r} on this model; nothing was loaded.\n  "
+        + "\n  ".join(report.problems())
+        + (f"\n  nearest key of this model: {near[0]}" if near else "")
+        + (f"\n  the adapter was made for {base!r}" if base else "")
+        + "\n  strict=False loads what fits and returns a report"
+    )
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+def save(path: Path, group: Group, values: Mapping[int, Tensor] | None = None) -> None:
+    """Write config and tensors, each in one step, and read the tensors back."""
+    tensors, seen = {}, set()
+    for key, tensor in state(group, values).items():
+        tensor = tensor.cpu().contiguous()
+        if tensor.is_meta or tensor.numel() == 0:
+            raise BadCheckpoint(
+                f"{key} has no values here (its weights are sharded or on another device); nothing was written"
+            )
+        tensors[key] = tensor.clone() if tensor.data_ptr() in seen else tensor  # the format refuses shared memory
+        seen.add(tensor.data_ptr())
+    write(path / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    group.config.save_pretrained(path)
+    for key, value in read(path).items():
+        if not torch.equal(value.view(torch.uint8), tensors.pop(key).view(torch.uint8)):
+            raise BadCheckpoint(f"{path / WEIGHTS_FILE}: {key} reads back differently; the disk or memory is failing")
+    assert not tensors, f"not written: {list(tensors)[:3]}"

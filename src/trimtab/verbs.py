@@ -1,0 +1,108 @@
+"""What can be done to a model that carries adapters, as methods under the names that the field knows."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from trimtab.core import group as groups
+from trimtab.core.config import PeftConfig
+from trimtab.errors import TrimtabWarning
+
+
+class Verbs(nn.Module):
+    """What can be done to a model that carries adapters. `PeftModel` and its `base_model` both have it."""
+
+    def get_base_model(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return {name: g.config for name, g in groups.groups(self.get_base_model()).items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in the order they apply."""
+        return groups.active(self.get_base_model())
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters active, in this order, and, unless `inference_mode`, the only trainable ones."""
+        groups.activate(self.get_base_model(), adapter_name, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off. Where it was the only active one, the first that is left becomes active."""
+        model = self.get_base_model()
+        groups.delete(model, adapter_name)
+        if not groups.active(model) and (left := list(groups.groups(model))):
+            warnings.warn(f"adapter {adapter_name!r} was active; {left[0]!r} is now", TrimtabWarning)
+            groups.activate(model, left[0])
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            groups.group(self.get_base_model(), name).trainable(requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        groups.disable(self.get_base_model(), False)
+
+    def disable_adapter_layers(self) -> None:
+        groups.disable(self.get_base_model(), True)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write active adapters into the weights. `safe_merge`: raise if a weight would not be finite."""
+        groups.merge(self.get_base_model(), adapter_names, safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """The original weights again, bit for bit, on every base."""
+        groups.unmerge(self.get_base_model())
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> Any:
+        """The plain base model with the adapters in its weights. This object is spent afterwards."""
+        self.merge_adapter(adapter_names, safe_merge)
+        model: Any = self.unload()
+        _untie(model)
+        return model
+
+    def unload(self) -> Any:
+        """The plain base model without adapters. This object is spent afterwards."""
+        model = self.get_base_model()
+        groups.unload(model)
+        return model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or not self._modules:
+                raise
+            return getattr(self.get_base_model(), name)
+
+
+def _untie(model: Any) -> None:
+    """Tied weights of which one was merged are no longer equal: say so in the config, or a reload would tie them again."""
+    config, inp, out = (
+        getattr(model, "config", None),
+        getattr(model, "get_input_embeddings", None),
+        getattr(model, "get_output_embeddings", None),
+    )
+    if config is None or inp is None or out is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    if (head := out()) is not None and head.weight is not inp().weight:
+        config.tie_word_embeddings = False
+
+
+class Tuner(Verbs):
+    """`PeftModel.base_model`: the adapted model is its `model`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self) -> nn.Module:
+        return self._modules["model"]  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
