@@ -70,7 +70,8 @@ class Renderer:
         tokenizer = self.tokenizer
         content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(
             [sorted(tokenizer.get_vocab().items()), [str(t) for t in tokenizer.added_tokens_decoder.values()]])
-        parts = (type(tokenizer).__name__, content, str(tokenizer.special_tokens_map), str(self.chat_template))
+        parts = (type(tokenizer).__name__, content, str(tokenizer.special_tokens_map),
+                 str(self.chat_template or tokenizer.chat_template))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def text(
