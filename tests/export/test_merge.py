@@ -12,11 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trimtab.model import PeftModel
 
 from trimtab.errors import ConfigError, NotMergeable
 from trimtab.export import merge as module
 from trimtab.export.merge import MergeReport, dense_base, find_source, merge
+from trimtab.model import PeftModel
 from trimtab.train import load
 
 NF4 = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -87,7 +87,7 @@ def test_a_folder_in_use_is_refused(tuned: Any, tmp_path: Path) -> None:
 def test_a_4_bit_run_merges_into_the_weights_it_was_trained_on(tuned: Any, tmp_path: Path) -> None:
     adapter = tuned(load_in_4bit=True)
     source = find_source(adapter)
-    assert source.load_in_4bit and source.compute is torch.float32
+    assert source.load_in_4bit and source.dtype is torch.float32
     dense, original = dense_base(source), load.load_model(source.base, dtype=torch.float32)
     name = "model.layers.0.mlp.up_proj.weight"
     apart = (dense.state_dict()[name] - original.state_dict()[name]).abs().max()

@@ -112,9 +112,8 @@ def losses(trainer: Any) -> list[float]:
 
 def adapted(*, checkpointing: bool = False, seed: int = 0, **options: Any) -> Any:
     """The Llama with LoRA on every linear layer."""
-    from trimtab.model import get_peft_model
-
     from trimtab.core.config import config_for
+    from trimtab.model import get_peft_model
 
     model = llama(seed)
     if checkpointing:

@@ -22,7 +22,7 @@ from trimtab.core.config import PeftConfig
 from trimtab.core.files import write_text
 from trimtab.data import Renderer
 from trimtab.errors import ConfigError, NotMergeable
-from trimtab.export.probes import FOUR_BIT, TOLERANCE, Difference, compare, logits, probes
+from trimtab.export.probes import KERNEL, TOLERANCE, Difference, compare, logits, probes
 from trimtab.model import PeftModel
 from trimtab.train import load
 
@@ -77,7 +77,7 @@ def merge(
     try:
         _write(adapter, source, target, tokenizer, partial)
         found = compare(expected, logits(load.load_model(partial, dtype=torch.float32), ids))
-        limit = FOUR_BIT if source.load_in_4bit else TOLERANCE[target]
+        limit = TOLERANCE[target] + (KERNEL if source.load_in_4bit and source.dtype is not torch.float32 else 0)
         report = MergeReport(
             out, str(adapter), str(source.base), str(target).removeprefix("torch."), source.load_in_4bit, found, limit
         )
