@@ -71,7 +71,7 @@ def reported() -> Iterator[list[int]]:
         codes.append(FAILED)
     except BrokenPipeError:
         # `trimtab methods | head`: the reader has gone, so the last flush must have nowhere to fail
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123
         codes.append(0)
     except OSError as problem:
         place = f": {problem.filename}" if problem.filename else ""

@@ -178,7 +178,8 @@ class _Reader:
         steps = steps or other
         try:
             if device and micro:
-                raise ValueError(f"{device.place}: {device.key} and micro_batch_size ({micro.place}) say the same; keep one")
+                twice = f"{device.key} and micro_batch_size ({micro.place}) say the same; keep one"
+                raise ValueError(f"{device.place}: {twice}")
             micro = device or micro
             if device is None and steps is None:
                 return

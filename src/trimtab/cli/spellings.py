@@ -150,9 +150,9 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "grad_acc
 KNOWN = {*RENAMED, *REWRITTEN, *BATCH, "warmup_steps"}
 # flags that may stand alone, as `--bf16`
 SWITCHES = set(
-    "train_on_inputs train_on_prompt mask_prompt assistant_only_loss completion_only_loss train_on_completions bf16 fp16"
-    " fp32 load_in_8bit lora_target_linear disable_gradient_checkpointing do_train train use_peft packing sample_packing"
-    " group_by_length overwrite_cache plot_loss".split()
+    "train_on_inputs train_on_prompt mask_prompt assistant_only_loss completion_only_loss train_on_completions"
+    " bf16 fp16 fp32 load_in_8bit lora_target_linear disable_gradient_checkpointing do_train train use_peft"
+    " packing sample_packing group_by_length overwrite_cache plot_loss".split()
 )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from trimtab.cli import help, screen
@@ -62,13 +61,10 @@ def need(options: TrainOptions, command: str, *names: str) -> None:
 
 
 def tell(settings: Settings, out: Console) -> None:
-    """How the options were understood, before anything is loaded."""
+    """How the options were understood, before anything is loaded; the run itself tells the rest."""
     tell_notes(settings, out)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
     for name, text in summary(settings.options, settings.given):
-        table.add_row(name, Text(text))
-    out.print(table)
+        out.print(Text.assemble((f"{name:<10}", "bold"), text), soft_wrap=True)
 
 
 def tell_notes(settings: Settings, out: Console) -> None:
@@ -77,27 +73,17 @@ def tell_notes(settings: Settings, out: Console) -> None:
 
 
 def summary(options: TrainOptions, given: dict[str, str]) -> list[tuple[str, str]]:
-    """The run in a few lines; whatever else was said stands in the last one."""
-    o = options
-    own = ", ".join(f"{k} {_short(v)}" for k, v in o.adapter_options.items())
-    length = f"{o.max_steps} steps" if o.max_steps > 0 else f"{o.num_train_epochs:g} epoch{'s' * (o.num_train_epochs != 1)}"
-    micro = f", {o.micro_batch_size} at a time" if o.micro_batch_size else ""
+    """What is tuned and how, and whatever else was said."""
+    own = ", ".join(f"{k} {_short(v)}" for k, v in options.adapter_options.items())
     lines = [
-        ("model", f"{o.model}{' in 4 bit' * o.load_in_4bit}"),
-        ("rows", ", ".join(o.dataset)),
-        ("adapter", f"{o.adapter}: {own or 'its defaults'}"),
-        ("loss on", f"{o.train_on} turns; rows over {o.max_length} tokens: {o.overlong}"),
-        ("batch", f"{o.batch_size} examples a step{micro}, {length}"),
-        ("rate", f"{o.learning_rate:g}, {o.lr_scheduler_type}, warm-up {o.warmup_ratio:.0%}, {o.optim}"),
-        ("to", o.output_dir),
+        ("model", f"{options.model}{', in 4 bit' * options.load_in_4bit}"),
+        ("adapter", f"{options.adapter}: {own or 'its defaults'}"),
+        ("output", options.output_dir),
     ]
-    told = set(
-        "model load_in_4bit dataset adapter train_on max_length overlong batch_size micro_batch_size max_steps"
-        " num_train_epochs learning_rate lr_scheduler_type warmup_ratio optim output_dir".split()
-    )
-    rest = [f.name for f in dataclasses.fields(o) if f.name in given and f.name not in told]
+    told = {"model", "load_in_4bit", "dataset", "adapter", "output_dir", "adapter_options"}
+    rest = [f.name for f in dataclasses.fields(options) if f.name in given and f.name not in told]
     if rest:
-        lines.append(("also", ", ".join(f"{n} {_short(getattr(o, n))}" for n in rest)))
+        lines.append(("options", ", ".join(f"{n} {_short(getattr(options, n))}" for n in rest)))
     return lines
 
 

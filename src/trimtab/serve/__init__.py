@@ -1,0 +1,1 @@
+"""A tuned model that answers."""
