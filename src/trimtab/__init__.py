@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trimtab.auto import (
     AutoPeftModel,
@@ -74,3 +74,11 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Trainer":  # transformers' Trainer takes seconds to import, and most who import trimtab do not train
+        from trimtab.train.trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module 'trimtab' has no attribute {name!r}")

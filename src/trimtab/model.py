@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from trimtab import store
 from trimtab.core import group as groups
-from trimtab.core.base import port
 from trimtab.core.config import PeftConfig, replaced
 from trimtab.core.group import Group
-from trimtab.core.sites import frozen, layers
 from trimtab.errors import ConfigError, NoMatch
+from trimtab.status import count_parameters, get_layer_status, get_model_status
 from trimtab.verbs import Tuner, Verbs
 
 
@@ -38,7 +37,7 @@ class Forward:
 
 
 def _blank(cls: type) -> Any:
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 class PeftModel(Verbs):
@@ -217,7 +216,7 @@ class PeftModel(Verbs):
             raise ConfigError("safe_serialization=False would write a pickle; adapters are written as safetensors only")
         if save_embedding_layers is True:
             raise ConfigError(
-                "save_embedding_layers=True: a frozen embedding is not saved. To train and save it: modules_to_save=['embed_tokens']"
+                "save_embedding_layers=True: a frozen embedding is not saved; modules_to_save=['embed_tokens'] trains and saves it"
             )
         self.alive()
         if not is_main_process:
@@ -235,17 +234,7 @@ class PeftModel(Verbs):
     # -- counting -----------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all): tied weights once, a quantised weight as the numbers it stands for."""
-        stands_for = {}
-        for _, module in layers(self.get_base_model()):
-            weight = getattr(frozen(module), "weight", None)
-            if (
-                isinstance(weight, nn.Parameter)
-                and not weight.is_floating_point()
-                and (shape := port(frozen(module)).shape)
-            ):
-                stands_for[id(weight)] = shape[0] * shape[1]
-        counts = [(p.requires_grad, stands_for.get(id(p), p.numel())) for p in self.parameters()]
-        return sum(n for on, n in counts if on), sum(n for _, n in counts)
+        return count_parameters(self.get_base_model())
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
@@ -254,13 +243,9 @@ class PeftModel(Verbs):
         )
 
     def get_layer_status(self) -> Any:
-        from trimtab.status import get_layer_status
-
         return get_layer_status(self)
 
     def get_model_status(self) -> Any:
-        from trimtab.status import get_model_status
-
         return get_model_status(self)
 
 

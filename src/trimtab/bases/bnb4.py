@@ -61,18 +61,20 @@ class Bnb4(Base):
         return dequantize_4bit(self.layer.weight.data, self._state())  # type: ignore[union-attr,arg-type]
 
     def rebuild(self, w: Tensor, b: Tensor | None) -> nn.Module:
-        from bitsandbytes.nn import Params4bit
+        from bitsandbytes.nn.modules import Params4bit
 
-        old, state = self.layer.weight, self._state()
+        old: Any = self.layer.weight
+        state = self._state()
         new: Any = copy.copy(self.layer)
         new._parameters = dict(self.layer._parameters)
-        new.weight = Params4bit(
+        make: Any = Params4bit
+        new.weight = make(
             w.detach().to(state.dtype).contiguous().cpu(),
             requires_grad=False,
-            compress_statistics=old.compress_statistics,  # type: ignore[union-attr]
+            compress_statistics=old.compress_statistics,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
-            quant_storage=old.quant_storage,  # type: ignore[union-attr,arg-type]
+            quant_storage=old.quant_storage,
             module=new,
         ).to(self.device)
         new.bias = None if b is None else nn.Parameter(b.detach().to(self.dtype), requires_grad=False)

@@ -14,7 +14,7 @@ from trimtab.errors import NotMergeable, NotSupported
 
 @base("torch.nn.modules.linear.Linear")
 class DenseLinear(Base):
-    """weight (out, in).   Subclasses that change `forward` or store no floats are refused: their weight means something else."""
+    """weight (out, in). Subclasses with a forward of their own or without floats are refused: their weight is something else."""
 
     def __init__(self, layer: Any) -> None:
         if type(layer).forward is not nn.Linear.forward or not layer.weight.dtype.is_floating_point:
@@ -70,10 +70,9 @@ class DenseConv(DenseLinear):
         w, groups = super().weight(), self.op.groups
         if groups == 1:
             return w
-        blocks = w.new_zeros(groups, self.shape[0] // groups, *self.shape[1:])  # (group, out in it, all in, *kernel)
-        for block, own, part in zip(blocks, self._columns(), w.chunk(groups), strict=True):
-            block[:, own] = part
-        return blocks.flatten(0, 1)
+        own = torch.eye(groups, dtype=w.dtype, device=w.device).view(groups, 1, groups, *[1] * (w.dim() - 1))
+        blocks = w.unflatten(0, (groups, -1)).unsqueeze(2) * own  # (group, out in it, group, in of it, *kernel)
+        return blocks.flatten(2, 3).flatten(0, 1)
 
     def rebuild(self, w: Tensor, b: Tensor | None) -> nn.Module:
         if self.op.groups == 1:

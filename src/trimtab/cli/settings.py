@@ -167,7 +167,8 @@ class _Reader:
             self.problems.append(f"{one.place}: {one.key}: {problem}")
             return {}
         if ours != {one.key: one.value}:
-            theirs = one.key if list(ours.values()) == [one.value] else f"{one.key} {one.value}"
+            same = one.key in spellings.RENAMED and list(ours.values()) == [one.value]
+            theirs = one.key if same else f"{one.key} {one.value}"
             self.notes.append(f"{theirs} -> {_shown(ours) if ours else 'nothing to change here'}")
         return ours
 

@@ -69,6 +69,7 @@ class Factor(nn.Module):
     def __init__(self, *shape: int, bias: int | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape))
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", None if bias is None else nn.Parameter(torch.zeros(bias)))
 
 

@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +64,16 @@ class Opaque(Base):
         super().__init__(layer, OpaqueOp(layer), ())
 
 
+B = TypeVar("B", bound=Base)
 _bases: dict[str, Callable[[Any], Base]] = {}
 
 
-def base(*patterns: str) -> Callable[[type], type]:
+def base(*patterns: str) -> Callable[[type[B]], type[B]]:
     """Register a storage format for layers whose type, or a parent of it, has one of these qualified names (or globs)."""
 
-    def register(cls: type) -> type:
-        _bases.update(dict.fromkeys(patterns, cls))
+    def register(cls: type[B]) -> type[B]:
+        for pattern in patterns:
+            _bases[pattern] = cls  # type: ignore[assignment] - formats take the layer alone
         return cls
 
     return register

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import pkgutil
 import warnings
@@ -33,7 +34,7 @@ class TaskType(str, Enum):
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to."""
-    make = {"default_factory": default} if callable(default) else {"default": default}
+    make: Any = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"help": help, **more})
 
 
@@ -240,9 +241,11 @@ def config_for(name: str, **values: Any) -> PeftConfig:
     names = [f.name for f in fields(chosen.config)]
     if unknown := [k for k in values if k not in names]:
         raise ConfigError(
-            f"{name} has no option {', '.join(map(repr, unknown))}.{nearest(unknown[0], names)} Its options: trimtab methods {name}"
+            f"{name} has no option {', '.join(map(repr, unknown))}.{nearest(unknown[0], names)}"
+            f" Its options: trimtab methods {name}"
         )
-    return chosen.config(**({chosen.switch: True} if chosen.switch else {}) | values)
+    switched: dict[str, Any] = {chosen.switch: True} if chosen.switch else {}
+    return chosen.config(**switched | values)
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write(path: Path, fill: Callable[[Path], None]) -> None:
+def write(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a temporary neighbour of `path`, then put it in place in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -25,4 +25,4 @@ def write(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+    write(path, lambda p: p.write_text(text, encoding="utf-8"))

@@ -81,7 +81,7 @@ def group(model: nn.Module, name: str) -> Group:
     known = groups(model)
     if name not in known:
         raise NoMatch(
-            f"no adapter is called {name!r}; there {'is' if len(known) == 1 else 'are'}: {', '.join(known) or 'none'}.{nearest(name, known)}"
+            f"no adapter is called {name!r}; the model carries: {', '.join(known) or 'none'}.{nearest(name, known)}"
         )
     return known[name]
 

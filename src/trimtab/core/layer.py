@@ -17,7 +17,7 @@ class Named(nn.ModuleDict):
     """A ModuleDict whose keys may be any name without a dot, `keys` and `train` included."""
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._modules[name] = module
+        self._modules[name] = module  # type: ignore[assignment]
 
 
 class Both(Adapter):

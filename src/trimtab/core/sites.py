@@ -117,7 +117,7 @@ def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
         return target
     kind = getattr(getattr(model, "config", None), "model_type", None)
     table = method_of(cfg).adapter.targets or TARGETS
-    if kind in table:
+    if isinstance(kind, str) and kind in table:
         return table[kind]
     warnings.warn(
         f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning

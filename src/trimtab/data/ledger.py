@@ -65,7 +65,8 @@ class Ledger:
         """The inverse of `as_dict`."""
         def split(name: str) -> Split:
             dropped = {reason: Dropped(**d) for reason, d in values[name]["dropped"].items()}
-            return Split(**{**values[name], "dropped": dropped})
+            kept: dict[str, Any] = values[name] | {"dropped": dropped}
+            return Split(**kept)
 
         return cls(values["files"], split("train"), split("val"), values["unused"])
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trimtab.data import cache
 from trimtab.data.conversation import Conversation, conversations
@@ -112,7 +112,7 @@ def prepare(
 
 
 def _restore(
-    stored: tuple[cache.Parts, dict], formats: list[str], train: list[Conversation], val: list[Conversation],
+    stored: tuple[cache.Parts, dict[str, Any]], formats: list[str], train: list[Conversation], val: list[Conversation],
     renderer: Renderer,
 ) -> Prepared:
     parts, about = stored
@@ -159,7 +159,7 @@ def _examples(
         pairs = [(i, e) for i, e in pairs if e is not None and any(e.supervised)]
         for example in empty:
             split.drop(_NOT_LEARNT, example.source, example.line)
-        kept[part], parts[part] = [i for i, _ in pairs], [e for _, e in pairs if e is not None]
+        kept[part], parts[part] = [i for i, _ in pairs], [e for _, e in pairs]
         split.keep(parts[part])
         problems.raise_any()
         if len(empty) > UNSUPERVISED_SHARE * (len(empty) + len(pairs)):

@@ -36,7 +36,7 @@ def draw(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             *zip(*held_out, strict=True), color="#d1495b", marker="o", markersize=5, linewidth=1.5, label="validation"
         )
         last = held_out[-1]
-        label = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "color": "#d1495b"}
+        label: Any = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "color": "#d1495b"}
         axes.annotate(f"{last[1]:.3f}", last, bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1}, **label)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss per supervised token")
     axes.set_ylim(bottom=0)

@@ -42,7 +42,8 @@ def _first(config: Any, *names: str) -> Any:
     found = next((v for n in names if (v := getattr(config, n, None)) is not None), None)
     if found is None:
         raise NotSupported(
-            f"the config of a {getattr(config, 'model_type', 'model')!r} has none of {', '.join(names)}, which a prompt method needs"
+            f"a prompt method needs one of {', '.join(names)}, and the config of "
+            f"{getattr(config, 'model_type', 'the model')!r} has none"
         )
     return found
 

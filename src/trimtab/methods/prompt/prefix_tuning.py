@@ -39,7 +39,7 @@ class PrefixTuning(Prompt):
 
     uses_cache = True
 
-    def __init__(self, cfg: PrefixTuningConfig, model: nn.Module) -> None:
+    def __init__(self, cfg: Any, model: nn.Module) -> None:
         given = cfg.token_dim, cfg.num_attention_heads
         config = read_model(cfg, model)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -58,6 +58,7 @@ class PrefixTuning(Prompt):
         if project:
             last = nn.Linear(cfg.encoder_hidden_size, width)
             self.transform = nn.Sequential(nn.Linear(cfg.token_dim, cfg.encoder_hidden_size), nn.Tanh(), last)
+            layer: Any
             for layer in (self.transform[0], last):
                 nn.init.kaiming_uniform_(
                     layer.weight, a=5**0.5, generator=seeded(f"prefix/{tuple(layer.weight.shape)}")
@@ -103,7 +104,8 @@ class PrefixTuning(Prompt):
         from transformers import DynamicCache, EncoderDecoderCache
 
         name = "cache" if "cache" in call else "past_key_values"
-        cache, config = call[name], model.config
+        cache: Any = call[name]
+        config = model.config
         if cache is None:
             own = DynamicCache(config=config.get_text_config(decoder=True))
             cache = (

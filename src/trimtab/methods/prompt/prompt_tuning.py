@@ -43,7 +43,7 @@ class PromptTuning(Prompt):
     of which the second half is never read).
     """
 
-    def __init__(self, cfg: PromptTuningConfig, model: nn.Module) -> None:
+    def __init__(self, cfg: Any, model: nn.Module) -> None:
         read_model(cfg, model)
         super().__init__(cfg, cfg.num_virtual_tokens * cfg.num_transformer_submodules, cfg.token_dim)
         if not cfg.inference_mode:
