@@ -216,7 +216,7 @@ class PeftModel(Verbs):
             raise ConfigError("safe_serialization=False would write a pickle; adapters are written as safetensors only")
         if save_embedding_layers is True:
             raise ConfigError(
-                "save_embedding_layers=True: a frozen embedding is not saved; modules_to_save=['embed_tokens'] trains and saves it"
+                "save_embedding_layers=True: a frozen embedding is not saved; train it with modules_to_save=['embed_tokens']"
             )
         self.alive()
         if not is_main_process:

@@ -14,7 +14,7 @@ from trimtab.errors import NotMergeable, NotSupported
 
 @base("torch.nn.modules.linear.Linear")
 class DenseLinear(Base):
-    """weight (out, in). Subclasses with a forward of their own or without floats are refused: their weight is something else."""
+    """weight (out, in). Subclasses with a forward of their own, or without floats, are refused: their weight differs."""
 
     def __init__(self, layer: Any) -> None:
         if type(layer).forward is not nn.Linear.forward or not layer.weight.dtype.is_floating_point:

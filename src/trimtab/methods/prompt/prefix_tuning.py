@@ -40,11 +40,11 @@ class PrefixTuning(Prompt):
     uses_cache = True
 
     def __init__(self, cfg: Any, model: nn.Module) -> None:
-        given = cfg.token_dim, cfg.num_attention_heads
+        given = cfg.token_dim
         config = read_model(cfg, model)
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         heads = getattr(config, "num_key_value_heads", None)
-        if heads and given[0] is None:  # the table holds keys and values, so its width counts their heads
+        if heads and given is None:  # the table holds keys and values, so its width counts their heads
             size = getattr(config, "head_dim", None) or cfg.token_dim // cfg.num_attention_heads
             cfg.token_dim, cfg.num_attention_heads = size * heads, heads
         self.check(cfg, model, config)
@@ -58,12 +58,9 @@ class PrefixTuning(Prompt):
         if project:
             last = nn.Linear(cfg.encoder_hidden_size, width)
             self.transform = nn.Sequential(nn.Linear(cfg.token_dim, cfg.encoder_hidden_size), nn.Tanh(), last)
-            layer: Any
-            for layer in (self.transform[0], last):
-                nn.init.kaiming_uniform_(
-                    layer.weight, a=5**0.5, generator=seeded(f"prefix/{tuple(layer.weight.shape)}")
-                )
-                nn.init.zeros_(layer.bias)
+            for name, parameter in self.transform.named_parameters():
+                bound = 0 if name.endswith("bias") else parameter.shape[1] ** -0.5
+                nn.init.uniform_(parameter, -bound, bound, generator=seeded(f"prefix/{name}"))
         if cfg.init_weights == "zero":
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
