@@ -66,11 +66,9 @@ class PrefixTuning(Prompt):
                 nn.init.zeros_(parameter)
 
     def check(self, cfg: Any, model: Any, config: Any) -> None:
-        size = getattr(config, "d_kv", None)
-        if size is not None and size * cfg.num_attention_heads != cfg.token_dim:
-            raise NotSupported(
-                f"prefix tuning: {cfg.num_attention_heads} heads of {size} are not token_dim={cfg.token_dim}"
-            )
+        size, heads = getattr(config, "d_kv", None), cfg.num_attention_heads
+        if size is not None and size * heads != cfg.token_dim:
+            raise NotSupported(f"prefix tuning: {heads} heads of {size} are not token_dim={cfg.token_dim}")
         layers = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
         if self.is_encoder_decoder and layers not in (None, cfg.num_layers):
             raise NotSupported(f"prefix tuning: {layers} decoder layers and {cfg.num_layers} encoder layers")
