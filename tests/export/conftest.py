@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))  # the tiny model and its rows are written there
@@ -21,6 +22,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from trimtab.train.options import TrainOptions
     from trimtab.train.run import run
 
+    torch.set_num_threads(1)  # tiny layers: a second thread only waits
     place = tmp_path_factory.mktemp("tuned")
     base, rows = write_model(place / "tiny-llama"), write_rows(place / "rows.jsonl")
     done: dict[str, Path] = {}
