@@ -43,7 +43,7 @@ def demo(
     _step(out, 2, f"The rows: {len(rows)} to learn from and {len(held_out)} held out; the speaker asks for a voice")
     for row in rows[:3]:
         out.print(Text(json.dumps(row, ensure_ascii=False), "dim"))
-    _step(out, 3, "Training: LoRA, 1 % of the parameters, with a look at the held-out rows before and after")
+    _step(out, 3, "Training: LoRA, 2 % of the parameters, with a look at the held-out rows before and after")
     options = _options(model, adapter, _prompts(held_out))
     from trimtab.export.merge import merge
     from trimtab.train.run import run
@@ -65,8 +65,7 @@ def _options(model: Path, adapter: Path, prompts: list[str]) -> TrainOptions:
         val_dataset=[str(HELD_OUT)],
         model=str(model),
         output_dir=str(adapter),
-        batch_size=8,
-        num_train_epochs=2,
+        batch_size=4,
         learning_rate=1e-3,
         sample_prompts=prompts,
         adapter_options={"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},

@@ -1,0 +1,210 @@
+"""What goes wrong on a first day. Each ends with exit code 2, a message with the place and the fix, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+ROW = {"input": "hello", "output": "red"}
+
+
+@dataclass
+class Place:
+    """Where a case plays: a folder of its own, and what is shared."""
+
+    path: Path
+    model: Path
+    adapter: Path
+
+    def write(self, name: str, *lines: object, end: str = "\n") -> Path:
+        file = self.path / name
+        text = end.join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+        file.write_bytes((text + end).encode())
+        return file
+
+    def train(self, data: Path, *more: str) -> list[str]:
+        out = ["--output_dir", str(self.path / "out"), "--max_steps", "1"]
+        model = [] if any(m.startswith("--model") for m in more) else ["--model", str(self.model)]
+        return ["train", str(data), *out, *model, *more]
+
+    def broken_adapter(self) -> Path:
+        return Path(shutil.copytree(self.adapter, self.path / "adapter"))
+
+
+Case = Callable[[Place], list[str]]
+
+
+def bad_json(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", *[ROW] * 6, '{"input": "x", "output": }', ROW))
+
+
+def missing_field(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW, {"input": "no answer"}))
+
+
+def empty_answer(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW, {"input": "x", "output": ""}))
+
+
+def only_overlong(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW, ROW), "--max_length", "8")
+
+
+def unknown_role(p: Place) -> list[str]:
+    turns = [{"role": "narrator", "content": "once"}, {"role": "assistant", "content": "yes"}]
+    return p.train(p.write("rows.jsonl", {"messages": turns}))
+
+
+def a_directory(p: Place) -> list[str]:
+    (p.path / "rows").mkdir()
+    return p.train(p.path / "rows")
+
+
+def binary(p: Place) -> list[str]:
+    (p.path / "rows.jsonl").write_bytes(bytes(range(256)) * 8)
+    return p.train(p.path / "rows.jsonl")
+
+
+def empty_file(p: Place) -> list[str]:
+    (p.path / "rows.jsonl").touch()
+    return p.train(p.path / "rows.jsonl")
+
+
+def two_formats(p: Place) -> list[str]:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return p.train(p.write("rows.jsonl", ROW, {"messages": turns}))
+
+
+def misspelt_option(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW), "--lerning_rate", "1e-4")
+
+
+def misspelt_in_yaml(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW), "--config", str(p.write("run.yaml", "seed: 1", "max_lenght: 12")))
+
+
+def wrong_target(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW), "--target_modules", "q_prj")
+
+
+def missing_model(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW), f"--model={p.model.with_name('tiny-lama')}")
+
+
+def other_model(p: Place) -> list[str]:
+    adapter = p.broken_adapter()
+    config = json.loads((p.model / "config.json").read_text())
+    other = Path(shutil.copytree(p.model, p.path / "other"))
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    weights = load_file(other / "model.safetensors")
+    wide = {k: torch.zeros([96 if n == 48 else n for n in v.shape]) for k, v in weights.items()}
+    save_file(wide, other / "model.safetensors", {"format": "pt"})
+    return ["merge", str(adapter), "--output_dir", str(p.path / "out"), "--model", str(other)]
+
+
+def truncated(p: Place) -> list[str]:
+    file = p.broken_adapter() / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return ["merge", str(file.parent), "--output_dir", str(p.path / "out")]
+
+
+def a_pickle(p: Place) -> list[str]:
+    folder = p.broken_adapter()
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": torch.zeros(1)}, folder / "adapter_model.bin")
+    return ["chat", str(folder)]
+
+
+def unwritable(p: Place) -> list[str]:
+    p.write("out", "a file stands where the folder would be")
+    return p.train(p.write("rows.jsonl", ROW))
+
+
+def negative_rate(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW), "--learning_rate", "-1e-4")
+
+
+def unknown_adapter(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW), "--adapter", "lorra")
+
+
+def no_adapter_there(p: Place) -> list[str]:
+    return ["chat", str(p.path / "nothing")]
+
+
+CASES: list[tuple[Case, list[str]]] = [
+    (bad_json, ["rows.jsonl:7", "JSON"]),
+    (missing_field, ["rows.jsonl:2", "output"]),
+    (empty_answer, ["rows.jsonl:2", "output", "empty"]),
+    (only_overlong, ["max_length", "rows.jsonl:1", "keeps the shortest row"]),
+    (unknown_role, ["rows.jsonl:1", "narrator"]),
+    (a_directory, ["rows"]),
+    (binary, ["rows.jsonl"]),
+    (empty_file, ["rows.jsonl", "no rows", "written completely"]),
+    (two_formats, ["rows.jsonl:2"]),
+    (misspelt_option, ["--lerning_rate", "Did you mean 'learning_rate'?"]),
+    (misspelt_in_yaml, ["run.yaml:2", "Did you mean 'max_length'?"]),
+    (wrong_target, ["q_prj", "Did you mean 'q_proj'?", "trimtab sites"]),
+    (missing_model, ["tiny-lama", "tiny-llama"]),
+    (other_model, ["adapter", "gate_proj"]),
+    (truncated, ["adapter_model.safetensors", "damaged"]),
+    (a_pickle, ["adapter_model.bin", "pickle", "safetensors"]),
+    (unwritable, ["output_dir", "out"]),
+    (negative_rate, ["learning_rate", "above 0"]),
+    (unknown_adapter, ["lorra", "Did you mean 'lora'?"]),
+    (no_adapter_there, ["nothing"]),
+]
+
+
+@pytest.mark.parametrize(("case", "words"), CASES, ids=[case.__name__ for case, _ in CASES])
+def test_it_ends_with_the_place_and_the_fix(
+    case: Case, words: list[str], tmp_path: Path, model: Path, adapter: Path, run: Callable
+) -> None:
+    args = case(Place(tmp_path, model, adapter))
+    before = everything(tmp_path)
+    result = run(*args, stdin="hello\n")
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "error: " in result.stderr and "Traceback" not in result.output
+    assert [w for w in words if w not in result.stderr] == [], result.stderr
+    assert everything(tmp_path) == before
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else b"" for f in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_byte_order_marks_and_crlf_are_no_problem(
+    tmp_path: Path, model: Path, run: Callable, mark: str, end: str
+) -> None:
+    file = Place(tmp_path, model, model).write("rows.jsonl", mark + json.dumps(ROW), ROW, end=end)
+    result = run("data", "check", file, "--model", model)
+    assert result.exit_code == 0, result.output
+    assert "2 rows read, 2 kept" in result.output
+
+
+def test_many_problems_are_shown_together(tmp_path: Path, model: Path, run: Callable) -> None:
+    file = Place(tmp_path, model, model).write("rows.jsonl", ROW, "red", ROW, {"input": "x"}, "[]")
+    result = run("data", "check", file, "--model", model)
+    assert result.exit_code == 2
+    assert all(f"rows.jsonl:{line}" in result.stderr for line in (2, 4, 5))
+
+
+def test_ctrl_c_is_tidy(monkeypatch: pytest.MonkeyPatch, model: Path, rows: Path, run: Callable) -> None:
+    import trimtab.data
+
+    def interrupted(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trimtab.data, "check", interrupted)
+    result = run("data", "check", rows, "--model", model)
+    assert (result.exit_code, result.stderr) == (130, "stopped\n")
