@@ -58,10 +58,11 @@ class Base:
 
 
 class Opaque(Base):
-    """Any module: called and copied whole (`modules_to_save`)."""
+    """Any module: called and copied whole (`modules_to_save`). `reason`: why it is not more than that."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, reason: str = "") -> None:
         super().__init__(layer, OpaqueOp(layer), ())
+        self.reason = reason
 
 
 B = TypeVar("B", bound=Base)
@@ -102,8 +103,11 @@ def _format(kind: type) -> Callable[[Any], Base]:
 
 
 def port(layer: nn.Module) -> Base:
-    """The frozen layer as a `Base`. A type of unknown format is `Opaque`."""
-    return _format(type(layer))(layer)
+    """The frozen layer as a `Base`. A type of unknown format is `Opaque`, and so is a layer that its format refuses."""
+    try:
+        return _format(type(layer))(layer)
+    except NotSupported as error:
+        return Opaque(layer, str(error))
 
 
 def rebuilt(layer: nn.Module, **params: Tensor | None) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.core.adapter import Site
-from trimtab.core.base import port
+from trimtab.core.base import Opaque, port
 from trimtab.core.config import PeftConfig, method_of
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.targets import HEADS, TARGETS
@@ -87,7 +87,8 @@ def find_sites(model: nn.Module, cfg: Any, adapter: str = "default", *, strict: 
         if not name or any(name == s or name.startswith(f"{s}.") for s in saved):
             continue
         base = port(frozen(module))
-        hit = base.op.kind == "linear" and frozen(module) is not head if target == ALL_LINEAR else matches(name, target)
+        linear = base.op.kind == "linear" or isinstance(frozen(module), nn.Linear)  # of unknown format: refused below
+        hit = linear and frozen(module) is not head if target == ALL_LINEAR else matches(name, target)
         if not hit or not _in_layers(name, cfg, target) or _excluded(name, cfg):
             continue
         if name in heads:
@@ -158,7 +159,7 @@ def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: li
     missing = [t for t in wanted if not any(matches(s.name, [t] if isinstance(target, list) else t) for s in found)]
     if target == ALL_LINEAR:
         missing = [] if found else wanted
-    if missing and (strict or not found):
+    if missing and ((strict and cfg.target_modules is not None) or not found):
         leaves = Counter(
             n.rpartition(".")[2] for n, m in layers(model) if port(frozen(m)).op.kind not in ("module", "norm")
         )
@@ -176,8 +177,7 @@ def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: li
                 raise NoMatch(
                     f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}"
                 )
-    if modules := [s.name for s in found if s.kind == "module"]:
-        kinds = sorted({type(s.base.layer).__name__ for s in found if s.kind == "module"})
-        raise NotSupported(
-            f"{modules[0]!r} and {len(modules) - 1} more are {', '.join(kinds)}: no layer that an adapter could act on"
-        )
+    if odd := [s for s in found if isinstance(s.base, Opaque)]:
+        kinds = ", ".join(sorted({type(s.base.layer).__name__ for s in odd}))
+        reason = next((s.base.reason for s in odd if isinstance(s.base, Opaque)), "") or "no layer that an adapter could act on"
+        raise NotSupported(f"{odd[0].name!r} and {len(odd) - 1} more targets are {kinds}: {reason}")
