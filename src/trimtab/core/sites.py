@@ -180,4 +180,5 @@ def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: li
     if odd := [s for s in found if isinstance(s.base, Opaque)]:
         kinds = ", ".join(sorted({type(s.base.layer).__name__ for s in odd}))
         reason = next((s.base.reason for s in odd if isinstance(s.base, Opaque)), "") or "no layer that an adapter could act on"
-        raise NotSupported(f"{odd[0].name!r} and {len(odd) - 1} more targets are {kinds}: {reason}")
+        more = f" and {len(odd) - 1} more targets are" if len(odd) > 1 else " is"
+        raise NotSupported(f"{odd[0].name!r}{more} {kinds}: {reason}")
