@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"auto"},
     {"evaluate"},
     {"train"},
-    {"export"},
+    {"export"},  # a merge loads the base in the form that the run trained on, as train.load does
     {"serve"},
     {"cli", "ui"},
 ]
@@ -139,3 +141,23 @@ def test_what_is_allowed_passes(tmp_path: Path, file: str, code: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(code, encoding="utf-8")
     assert violations(tmp_path) == []
+
+
+def test_the_door_shows_what_its_types_say() -> None:
+    """Each public name is imported for type checkers and found at run time, in the same place."""
+    import trimtab
+
+    said: dict[str, str] = {}
+    for node in ast.walk(ast.parse((SRC / "__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("trimtab."):
+            said.update({alias.name: node.module for alias in node.names})
+    assert sorted(said) == sorted(trimtab.__all__)
+    assert {name: getattr(trimtab, name).__module__ for name in said} == said
+    with pytest.raises(AttributeError, match="LoraConfg"):
+        _ = trimtab.LoraConfg
+
+
+def test_nothing_heavy_is_imported_before_it_is_used() -> None:
+    code = "import sys, trimtab, trimtab.cli; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

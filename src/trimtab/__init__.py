@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from trimtab.auto import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-)
-from trimtab.core.config import PeftConfig, TaskType, get_peft_config
-from trimtab.methods.ia3 import IA3Config
-from trimtab.methods.lora import LoraConfig
-from trimtab.methods.oft import OFTConfig
-from trimtab.methods.prompt.prefix_tuning import PrefixTuningConfig
-from trimtab.methods.prompt.prompt_tuning import PromptTuningConfig
-from trimtab.methods.vera import VeraConfig
-from trimtab.model import (
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
-)
-from trimtab.status import get_layer_status, get_model_status
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trimtab.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from trimtab.core.config import PeftConfig, TaskType, get_peft_config
+    from trimtab.methods.ia3 import IA3Config
+    from trimtab.methods.lora import LoraConfig
+    from trimtab.methods.oft import OFTConfig
+    from trimtab.methods.prompt.prefix_tuning import PrefixTuningConfig
+    from trimtab.methods.prompt.prompt_tuning import PromptTuningConfig
+    from trimtab.methods.vera import VeraConfig
+    from trimtab.model import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        prepare_model_for_kbit_training,
+        set_peft_model_state_dict,
+    )
+    from trimtab.status import get_layer_status, get_model_status
     from trimtab.train.trainer import Trainer
 
 __version__ = "0.1.0"
+
+# Looked up in this order when a name is first asked for: torch and transformers take seconds to import, and
+# `trimtab --help` needs neither.
+_HOMES = (
+    "core.config",
+    "methods.lora",
+    "methods.ia3",
+    "methods.oft",
+    "methods.vera",
+    "methods.prompt.prefix_tuning",
+    "methods.prompt.prompt_tuning",
+    "model",
+    "status",
+    "auto",
+    "train.trainer",
+)
 
 __all__ = [
     "AutoPeftModel",
@@ -76,9 +92,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name == "Trainer":  # transformers' Trainer takes seconds to import, and most who import trimtab do not train
-        from trimtab.train.trainer import Trainer
-
-        return Trainer
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f"trimtab.{home}")
+            if name in vars(module):
+                return globals().setdefault(name, vars(module)[name])
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
