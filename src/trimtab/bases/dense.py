@@ -35,6 +35,8 @@ class DenseLinear(Base):
 class TransposedLinear(DenseLinear):
     """transformers' Conv1D stores (in, out); it shows (out, in)."""
 
+    transposed = True
+
     def __init__(self, layer: Any) -> None:
         Base.__init__(self, layer, LinearOp(layer), (layer.weight.shape[1], layer.weight.shape[0]))
 

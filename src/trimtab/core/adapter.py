@@ -83,6 +83,7 @@ class Adapter(nn.Module):
     names: dict[str, str] = {}  # own state_dict prefix -> published prefix, where the two differ
     additive: ClassVar[bool] = False  # W' - W does not depend on W, so the order in a stack does not matter
     targets: ClassVar[dict[str, list[str]] | None] = None  # default target_modules by model type, where not LoRA's
+    defaults: ClassVar[dict[str, dict[str, list[str]]]] = {}  # other fields that name targets, likewise
 
     def weight(self, w: Tensor) -> Tensor:
         return w

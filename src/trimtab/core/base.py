@@ -28,6 +28,8 @@ class Base:
         0.0  # largest |layer(x) - op(x, weight, bias)|, relative to |y|, beyond rounding; see the base's docstring
     )
 
+    transposed = False  # the layer stores (in, out); published configs call it `fan_in_fan_out`
+
     def __init__(self, layer: nn.Module, op: Op, shape: tuple[int, ...]) -> None:
         self.layer, self.op, self.shape = layer, op, shape
 

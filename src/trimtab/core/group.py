@@ -21,7 +21,7 @@ from trimtab.core.base import Opaque, port
 from trimtab.core.config import PeftConfig, method_of
 from trimtab.core.full import BiasTune, FullTune
 from trimtab.core.layer import AdapterLayer, Named
-from trimtab.core.sites import Site, find_saved, find_sites, frozen, layers
+from trimtab.core.sites import Site, find_saved, find_sites, frozen, layers, saved_modules
 from trimtab.errors import ConfigError, NoMatch, NotMergeable, TrimtabWarning, nearest
 
 
@@ -113,6 +113,8 @@ def attach(
         new.shared = chosen.adapter.share(cfg, sites)
         for site in (dataclasses.replace(s, shared=new.shared) for s in sites):
             plan[site.name] = [(site, chosen.adapter(cfg, site))]
+    if heads := saved_modules(cfg):
+        cfg.modules_to_save = heads  # type: ignore[attr-defined]
     for path, module in find_saved(model, cfg).items():
         site = Site(path, Opaque(frozen(module)), name)
         plan.setdefault(path, []).append((site, FullTune(site)))

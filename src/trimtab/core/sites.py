@@ -51,7 +51,7 @@ def matches(name: str, pattern: list[str] | str) -> bool:
 
 def saved_modules(cfg: Any) -> list[str]:
     """`modules_to_save` and the head that the task makes afresh."""
-    return [*(getattr(cfg, "modules_to_save", None) or []), *HEADS.get(cfg.task_type or "", [])]
+    return list(dict.fromkeys([*(getattr(cfg, "modules_to_save", None) or []), *HEADS.get(cfg.task_type or "", [])]))
 
 
 def find_saved(model: nn.Module, cfg: Any) -> dict[str, nn.Module]:
@@ -99,7 +99,25 @@ def find_sites(model: nn.Module, cfg: Any, adapter: str = "default", *, strict: 
             continue
         found.append(Site(name, base, adapter))
     _check(model, cfg, target, found, strict)
+    _complete(model, cfg, target, found)
     return found
+
+
+def _complete(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site]) -> None:
+    """Write into the config what the model decided, so that its file says it and no reader needs the tables."""
+    if cfg.target_modules is None:
+        cfg.target_modules = target
+    for field, table in method_of(cfg).adapter.defaults.items():
+        if getattr(cfg, field) is None:
+            names = table.get(_model_type(model), [])
+            chosen = [t for t in target if any(ends_with(t, n) for n in names)] if isinstance(target, list) else names
+            setattr(cfg, field, chosen)
+    if hasattr(cfg, "fan_in_fan_out"):
+        cfg.fan_in_fan_out = any(s.kind == "linear" and s.base.transposed for s in found)
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", None) or ""
 
 
 def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
@@ -116,10 +134,10 @@ def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
                 f"target_modules={target!r} is a string, so it is a regex for the whole path, and not a right one: {error}"
             ) from None
         return target
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = _model_type(model)
     table = method_of(cfg).adapter.targets or TARGETS
     if isinstance(kind, str) and kind in table:
-        return table[kind]
+        return list(table[kind])
     warnings.warn(
         f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning
     )
@@ -159,7 +177,8 @@ def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: li
     missing = [t for t in wanted if not any(matches(s.name, [t] if isinstance(target, list) else t) for s in found)]
     if target == ALL_LINEAR:
         missing = [] if found else wanted
-    if missing and ((strict and cfg.target_modules is not None) or not found):
+    if not found or (missing and strict and cfg.target_modules is not None):
+        missing = missing or wanted or [""]
         leaves = Counter(
             n.rpartition(".")[2] for n, m in layers(model) if port(frozen(m)).op.kind not in ("module", "norm")
         )

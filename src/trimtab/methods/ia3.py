@@ -33,7 +33,6 @@ _TYPES = {  # model types -> targets, of which the ones behind the bar are feed-
     "phi": "q_proj v_proj fc2 | fc2",
 }
 _TABLE = {t: [half.split() for half in row.split("|")] for types, row in _TYPES.items() for t in types.split()}
-_FEEDFORWARD = sorted({name for _, names in _TABLE.values() for name in names})
 
 
 @dataclass(kw_only=True)
@@ -60,13 +59,11 @@ class IA3(Adapter):
     """
 
     targets = {kind: names for kind, (names, _) in _TABLE.items()}
+    defaults = {"feedforward_modules": {kind: names for kind, (_, names) in _TABLE.items()}}
 
     def __init__(self, cfg: IA3Config, site: Site) -> None:
         super().__init__()
-        feedforward = cfg.feedforward_modules
-        if feedforward is None:  # the table's feed-forward layers, wherever the targets came from the table too
-            feedforward = _FEEDFORWARD if cfg.target_modules is None else []
-        self.on_input = matches(site.name, feedforward)
+        self.on_input = matches(site.name, cfg.feedforward_modules or [])
         site.need("IA3", "linear", "conv", *([] if self.on_input else ["embedding", "norm"]))
         n = site.shape[1 if self.on_input else 0]
         conv = (1, n, *[1] * (len(site.shape) - 2))

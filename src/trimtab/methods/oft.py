@@ -65,15 +65,14 @@ class OFT(Adapter):
     def rotation(self) -> Tensor:
         """(blocks, B, B)."""
         v, rows = self.oft_R.weight, torch.triu_indices(self.size, self.size, 1, device=self.oft_R.weight.device)
+        if self.cfg.coft:  # v itself is kept inside, so that the optimizer does not wander off
+            with torch.no_grad():
+                norm, bound = 2**0.5 * v.norm(dim=1, keepdim=True), self.cfg.eps / v.shape[0] ** 0.5  # norm of Q
+                v.mul_(torch.where(norm > bound * (1 + 1e-6), bound / norm, 1))  # once inside it stays: no second change
         Q = v.new_zeros(v.shape[0], self.size, self.size).index_put(
             (torch.arange(v.shape[0], device=v.device)[:, None], *rows), v
         )
         Q = Q - Q.mT
-        if self.cfg.coft:  # v itself is kept inside, so that the optimizer does not wander off
-            with torch.no_grad():
-                shrink = (self.cfg.eps / v.shape[0] ** 0.5 / Q.norm(dim=(1, 2)).clamp_min(1e-30)).clamp_max(1)
-                v.mul_(shrink[:, None])
-            Q = Q * shrink[:, None, None]
         R = self.series(Q) if self.cfg.use_cayley_neumann else self.cayley(Q)
         if self.training and self.cfg.module_dropout:
             kept = torch.rand(len(R), 1, 1, device=R.device) >= self.cfg.module_dropout
