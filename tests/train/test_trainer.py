@@ -9,6 +9,7 @@ import pytest
 import tiny_llama as tiny
 import torch
 
+from trimtab.core.group import Group
 from trimtab.errors import TrainingError
 from trimtab.train.trainer import Trainer
 
@@ -155,3 +156,20 @@ def test_the_audit_waits_for_a_learning_rate(tmp_path: Path) -> None:
     trainer = trained(tmp_path, tiny.rows(40), lr_scheduler_type="linear", warmup_steps=3)
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
     assert rates[0] == 0 and rates[3] == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize(("micro", "accumulate"), [(8, 1), (2, 4)])
+def test_a_penalty_counts_once_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro: int, accumulate: int
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(Group, "penalty", lambda self: sum(a.lora_A.weight.square().sum() for _, a in self.sites()))
+    monkeypatch.setattr(Group, "step", lambda self, step: told.append(step))
+    examples, model = tiny.rows(24), tiny.adapted()
+    with torch.no_grad():
+        squares = sum(p.square().sum().item() for name, p in tiny.tensors(model).items() if "lora_A" in name)
+        expected = tiny.one_by_one(model, examples[:8]).item() + squares
+    split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulate}
+    trainer = trained(tmp_path, examples, model, max_steps=3, **split)
+    assert tiny.losses(trainer)[0] == pytest.approx(expected, abs=1e-5)
+    assert told == [1, 2, 3]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from trimtab.core.group import Group, groups
 from trimtab.errors import TrainingError
 from trimtab.model import PeftModel
 from trimtab.train import checkpoint
@@ -52,6 +54,7 @@ class Trainer(transformers.Trainer):
             self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would split a micro-batch behind our back
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep gradients where they cannot be read
             self.add_callback(StepAudit())
+        self.add_callback(_AfterStep(self._live))
         self.counts = Counts()
         self._step_rows: list[str] = []
         self._logged = Counts()
@@ -94,7 +97,15 @@ class Trainer(transformers.Trainer):
         self._finite(losses, rows)
         self._count(batch)
         ranks = self.accelerator.num_processes // self.get_tp_size()  # the mean that DDP takes is to be a sum
-        return losses.sum() / num_items_in_batch * ranks
+        loss = losses.sum() / num_items_in_batch * ranks
+        if model.training:
+            for group in self._live():
+                if (penalty := group.penalty()) is not None:  # once a step, however it is split
+                    loss = loss + penalty / self.current_gradient_accumulation_steps
+        return loss
+
+    def _live(self) -> list[Group]:
+        return [group for group in groups(self._base()).values() if group.live]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -253,6 +264,17 @@ class Trainer(transformers.Trainer):
         best = self.state.best_model_checkpoint
         assert best is not None
         checkpoint.load_tensors(self.accelerator.unwrap_model(self.model), Path(best))
+
+
+class _AfterStep(TrainerCallback):
+    """Methods that change after a step (budgets, projections) are told its number."""
+
+    def __init__(self, live: Callable[[], list[Group]]) -> None:
+        self.live = live
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for group in self.live():
+            group.step(state.global_step)
 
 
 def _items(dataset: Any) -> Iterator[Any]:
