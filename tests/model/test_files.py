@@ -143,7 +143,7 @@ def test_pickle_is_refused_unless_asked_for(folder: Path) -> None:
     with pytest.raises(BadCheckpoint, match="is a pickle, which can run code"):
         PeftModel.from_pretrained(llama(), folder)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), folder, allow_pickle=True)), want)
-    with pytest.raises(ConfigError, match="pickle is not written|would write a pickle"):
+    with pytest.raises(ConfigError, match="would write a pickle"):
         get_peft_model(llama(), lora()).save_pretrained(folder, safe_serialization=False)
 
 

@@ -29,7 +29,10 @@ NAMED: list[tuple[dict[str, Any], list[str]]] = [
     ({"target_modules": r".*\.1\.mlp\.(up|down)_proj"}, [f"{L1}mlp.up_proj", f"{L1}mlp.down_proj"]),
     ({"target_modules": "all-linear"}, [f"{l}{n}" for l in (L0, L1) for n in ALL]),
     ({"target_modules": "ALL-LINEAR", "exclude_modules": r".*mlp.*"}, [f"{l}{n}" for l in (L0, L1) for n in ATTENTION]),
-    ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.v_proj"]}, [f"{L0}{ATTENTION[0]}", f"{L1}{ATTENTION[0]}", f"{L1}{ATTENTION[2]}"]),
+    (
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.v_proj"]},
+        [f"{L0}{ATTENTION[0]}", f"{L1}{ATTENTION[0]}", f"{L1}{ATTENTION[2]}"],
+    ),
     ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, [f"{L1}self_attn.q_proj"]),
     ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, [f"{L0}self_attn.q_proj"]),
     ({"target_modules": None}, [f"{l}{n}" for l in (L0, L1) for n in (ATTENTION[0], ATTENTION[2])]),

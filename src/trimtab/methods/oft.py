@@ -68,7 +68,7 @@ class OFT(Adapter):
         if self.cfg.coft:  # v itself is kept inside, so that the optimizer does not wander off
             with torch.no_grad():
                 norm, bound = 2**0.5 * v.norm(dim=1, keepdim=True), self.cfg.eps / v.shape[0] ** 0.5  # norm of Q
-                v.mul_(torch.where(norm > bound * (1 + 1e-6), bound / norm, 1))  # once inside it stays: no second change
+                v.mul_(torch.where(norm > bound * (1 + 1e-6), bound / norm, 1))  # inside, it stays
         Q = v.new_zeros(v.shape[0], self.size, self.size).index_put(
             (torch.arange(v.shape[0], device=v.device)[:, None], *rows), v
         )
