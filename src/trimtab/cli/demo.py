@@ -35,7 +35,7 @@ def demo(
 
     started, out = time.monotonic(), screen.console()
     adapter, merged = output_dir / "adapter", output_dir / "merged"
-    _fresh(merged)
+    make_way(merged)
     _step(out, 1, f"The model: {NAME}, 135 million parameters, bundled (its first use converts it: half a minute)")
     model = bundled_model()
     out.print(Text(f"{model}"), soft_wrap=True)
@@ -72,7 +72,7 @@ def _options(model: Path, adapter: Path, prompts: list[str]) -> TrainOptions:
     )
 
 
-def _fresh(merged: Path) -> None:
+def make_way(merged: Path) -> None:
     """A merged model of an earlier demo makes way; anything else of that name is the user's."""
     if (merged / "merge_report.json").is_file():
         shutil.rmtree(merged)

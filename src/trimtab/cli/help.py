@@ -11,8 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.cli.settings import Extra
-from trimtab.cli.values import is_bool
+from trimtab.cli.settings import PROSE, Extra
+from trimtab.cli.values import is_bool, is_union
 from trimtab.train.options import TrainOptions
 
 Row = tuple[str, str, str, str]  # flag, value, help, default
@@ -52,7 +52,7 @@ def extra_options(extras: Mapping[str, Extra]) -> list[Row]:
 
 
 def option(name: str, hint: Any, text: str, default: Any) -> Row:
-    return f"--{name}", metavar(hint), text, shown(default)
+    return f"--{name}", "TEXT" if name in PROSE else metavar(hint), text, shown(default)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -73,7 +73,7 @@ def metavar(hint: Any) -> str:
         return "true|false"
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
-    kinds = {get_origin(h) or h for h in (hint, *get_args(hint))}
+    kinds = {get_origin(h) or h for h in (get_args(hint) if is_union(hint) else (hint,))}
     for kind, word in ((list, "A,B,..."), (float, "NUMBER"), (int, "N"), (dict, "{...}")):
         if kind in kinds:
             return word

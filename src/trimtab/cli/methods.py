@@ -15,6 +15,7 @@ from rich.text import Text
 
 from trimtab.cli import help, screen
 from trimtab.cli.settings import adapter_fields
+from trimtab.train.options import TrainOptions
 
 if TYPE_CHECKING:
     from trimtab.core.config import Method
@@ -48,11 +49,13 @@ def methods(
 
 def _one(name: str, out: Console) -> None:
     from trimtab.core.config import load
+    from trimtab.train.check import adapter_options
 
     method = load(name)
     equation, papers = formula(method.adapter)
     about = "\n".join([equation, *(f"https://arxiv.org/abs/{paper}" for paper in papers)])
-    rows = [row(f, hint) for f, hint in own_fields(method.name) if f.name != method.switch]
+    ours = adapter_options(TrainOptions(adapter=method.name))
+    rows = [row(f, hint, ours) for f, hint in own_fields(method.name) if f.name != method.switch]
     usage = f"trimtab train DATA --model MODEL --adapter {method.name} [OPTIONS]"
     if method.switch:
         kind = method.config.peft_type.lower()
@@ -74,8 +77,9 @@ def _here(field: dataclasses.Field[Any]) -> bool:
     return not absent and not field.metadata.get("later")
 
 
-def row(field: dataclasses.Field[Any], hint: Any) -> help.Row:
-    return help.option(field.name, hint, field.metadata.get("help", ""), help.default_of(field))
+def row(field: dataclasses.Field[Any], hint: Any, ours: dict[str, Any]) -> help.Row:
+    """`ours`: what a run takes where nothing is said, if that is not the published default."""
+    return help.option(field.name, hint, field.metadata.get("help", ""), ours.get(field.name, help.default_of(field)))
 
 
 def formula(adapter: type) -> tuple[str, list[str]]:

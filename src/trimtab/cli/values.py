@@ -17,9 +17,13 @@ _NAME = re.compile(r"[\w.]+")
 _RANK = {bool: 0, int: 1, float: 2, list: 3, dict: 4, Literal: 5, str: 6}
 
 
+def is_union(hint: Any) -> bool:
+    return get_origin(hint) in _UNIONS
+
+
 def is_bool(hint: Any) -> bool:
     """Can a flag of this type stand without a value?"""
-    return hint is bool or (get_origin(hint) in _UNIONS and bool in get_args(hint))
+    return hint is bool or (is_union(hint) and bool in get_args(hint))
 
 
 def describe(hint: Any) -> str:
