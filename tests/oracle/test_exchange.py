@@ -153,7 +153,7 @@ def test_exchange_prefix_tuning(model: str, options: dict[str, Any], tmp_path: P
 
 
 def test_prefix_tuning_refuses_encoders_as_peft_does() -> None:
-    ours, theirs = configs("prefix_tuning", "bert")
+    ours, theirs = configs("prefix_tuning", "bert", num_virtual_tokens=4)
     with pytest.raises(trimtab.errors.NotSupported, match="encoder"):
         trimtab.get_peft_model(base("bert"), ours)
     with pytest.raises(ValueError):
