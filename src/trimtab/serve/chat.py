@@ -28,7 +28,7 @@ class Chat:
         renderer: Renderer,
         *,
         system: str | None = None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int = 256,
         temperature: float = 0.0,
     ) -> None:
         self.model, self.renderer = model, renderer
