@@ -119,10 +119,11 @@ def keys(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """A config file with its sets in one order."""
+    """A config file with its sets in one order; peft writes the heads of a prompt twice."""
     values = json.loads((folder / "adapter_config.json").read_text())
     return {
-        k: sorted(v) if isinstance(v, list) and all(isinstance(e, str) for e in v) else v for k, v in values.items()
+        k: sorted(set(v)) if isinstance(v, list) and all(isinstance(e, str) for e in v) else v
+        for k, v in values.items()
     }
 
 

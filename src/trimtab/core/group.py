@@ -113,7 +113,7 @@ def attach(
         new.shared = chosen.adapter.share(cfg, sites)
         for site in (dataclasses.replace(s, shared=new.shared) for s in sites):
             plan[site.name] = [(site, chosen.adapter(cfg, site))]
-    if new.adapter is None and (heads := saved_modules(cfg)):
+    if heads := saved_modules(cfg):
         cfg.modules_to_save = heads  # type: ignore[attr-defined]
     for path, module in find_saved(model, cfg).items():
         site = Site(path, Opaque(frozen(module)), name)
