@@ -64,14 +64,20 @@ def _one(name: str, out: Console) -> None:
 
 
 def own_fields(name: str) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """What can be set in this version; a published config has fields for parts that are not here yet."""
+    """What can be set in this version, the method's own first; a published config has fields for parts that are not
+    here yet."""
     from trimtab.core.config import config_class
 
-    hints = get_type_hints(config_class(name))
-    return [(f, hints[f.name]) for f in adapter_fields(name).values() if _here(f)]
+    config = config_class(name)
+    hints, fields = get_type_hints(config), adapter_fields(name)
+    inherited = {f.name for base in config.__bases__ for f in dataclasses.fields(base)}
+    shown = sorted((f for f in fields.values() if _here(f, fields)), key=lambda f: f.name in inherited)
+    return [(f, hints[f.name]) for f in shown]
 
 
-def _here(field: dataclasses.Field[Any]) -> bool:
+def _here(field: dataclasses.Field[Any], fields: dict[str, dataclasses.Field[Any]]) -> bool:
+    if owner := field.metadata.get("of"):
+        return _here(fields[owner], fields)
     variant = field.metadata.get("variant")
     absent = variant and importlib.util.find_spec(f"trimtab.methods.{variant}") is None
     return not absent and not field.metadata.get("later")

@@ -40,8 +40,8 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     corda_config: dict[str, Any] | None = option(None, "CorDA", later=True)
     lora_ga_config: dict[str, Any] | None = option(None, "LoRA-GA", later=True)
     megatron_config: dict[str, Any] | None = option(None, "Megatron", later=True)
-    megatron_core: str | None = option("megatron.core", "Megatron")
-    qalora_group_size: int = option(16, "QA-LoRA")
+    megatron_core: str | None = option("megatron.core", "Megatron", of="megatron_config")
+    qalora_group_size: int = option(16, "QA-LoRA", of="use_qalora")
 
     def __post_init__(self) -> None:
         super().__post_init__()
