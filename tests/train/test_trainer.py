@@ -9,8 +9,10 @@ import pytest
 import tiny_llama as tiny
 import torch
 
+from trimtab.core.config import config_for
 from trimtab.core.group import Group
 from trimtab.errors import TrainingError
+from trimtab.model import get_peft_model
 from trimtab.train.trainer import Trainer
 
 
@@ -173,3 +175,24 @@ def test_a_penalty_counts_once_a_step(
     trainer = trained(tmp_path, examples, model, max_steps=3, **split)
     assert tiny.losses(trainer)[0] == pytest.approx(expected, abs=1e-5)
     assert told == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("lora", {"r": 4, "target_modules": "all-linear", "use_dora": True}),
+        ("ia3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+        ("oft", {"target_modules": ["q_proj"], "oft_block_size": 8}),
+        ("vera", {"r": 8, "target_modules": ["q_proj", "o_proj"]}),
+        ("prompt_tuning", {"num_virtual_tokens": 5}),
+        ("prefix_tuning", {"num_virtual_tokens": 5}),
+    ],
+)
+def test_every_method_passes_the_audits_and_learns(tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
+    examples, model = tiny.rows(8), get_peft_model(tiny.llama(), config_for(method, task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        expected = tiny.one_by_one(model, examples).item()
+    trainer = trained(tmp_path, examples, model, max_steps=8, learning_rate=2e-2)
+    found = tiny.losses(trainer)
+    assert found[0] == pytest.approx(expected, abs=1e-5)
+    assert found[-1] < found[0]

@@ -77,7 +77,7 @@ def one_by_one(model: Any, examples: list[Example]) -> Tensor:
     """The definition of a step's loss: every row alone, no padding, sum over supervised tokens / their number."""
     total, count = torch.zeros(()), 0
     for e in examples:
-        logits = model(input_ids=torch.tensor([e.input_ids])).logits[0]
+        logits = model(input_ids=torch.tensor([e.input_ids])).logits[0, -len(e.input_ids) :]  # behind virtual tokens
         for t in range(1, len(e.input_ids)):
             if e.supervised[t]:
                 total = total - logits[t - 1].log_softmax(-1)[e.input_ids[t]]

@@ -20,10 +20,10 @@ def row_losses(model: nn.Module, batch: dict[str, Any], *, sparse: bool) -> Tens
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     wanted = labels[:, 1:] != IGNORE  # (B, T - 1): position t predicts token t + 1
     rows, columns = wanted.nonzero(as_tuple=True)
-    # positions are counted from the end, so they hold when a prompt method puts virtual tokens in front
+    # prompt methods that put virtual tokens in front shift `logits_to_keep` themselves, and return logits for those too
     if sparse and len(rows):
         kept, columns = columns.unique(return_inverse=True)
-        logits = model(**inputs, logits_to_keep=kept - labels.shape[1]).logits  # (B, K, V)
+        logits = model(**inputs, logits_to_keep=kept).logits  # (B, K, V)
     else:
         logits = model(**inputs).logits[:, -labels.shape[1] :]  # (B, T, V)
     loss = F.cross_entropy(logits[rows, columns].float(), labels[:, 1:][wanted], reduction="none")
