@@ -17,7 +17,7 @@ import trimtab
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "train"))  # the tiny model is made there
 
-import model_folder as made
+import model_folder as made  # noqa: E402
 
 
 @pytest.fixture(scope="module")
