@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"status"},
     {"model"},
     {"auto"},
+    {"engine"},
     {"evaluate"},
     {"train"},
     {"export"},  # a merge loads the base in the form that the run trained on, as train.load does
@@ -31,7 +32,7 @@ LAYERS: list[set[str]] = [
 # beside the ladder: data stands on errors alone, whatever trains, answers or shows may use it; demo is rows and a model
 # for the command line; options name a run for both
 APART = {"data": {"errors"}, "demo": {"errors"}}
-DATA_USERS = {"train", "evaluate", "export", "serve", "cli", "ui"}
+DATA_USERS = {"engine", "train", "evaluate", "export", "serve", "cli", "ui"}
 # code that must run where transformers is absent, or must not know it
 NO_TRANSFORMERS = {"errors", "core", "bases", "inits", "store", "blend"}
 # imported inside functions of their own file only

@@ -17,6 +17,7 @@ from trimtab.train.options import TrainOptions
 AT_LEAST = {
     "batch_size": 1,
     "micro_batch_size": 1,
+    "pack_tokens": 1,
     "max_length": 2,
     "max_train_samples": 1,
     "weight_decay": 0,

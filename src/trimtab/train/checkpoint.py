@@ -35,6 +35,10 @@ class Counts:
     supervised: int = 0
     seconds: float = 0.0  # in training, evaluations aside
 
+    def add(self, more: Counts) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(more, field.name))
+
 
 def save_tensors(model: nn.Module, folder: Path) -> None:
     """Every trained tensor, exactly, by its name in the model. The adapter's own file may hold a form for inference."""

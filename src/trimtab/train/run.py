@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 
 from trimtab.core.config import config_for, method_of
 from trimtab.data import Prepared, Renderer, prepare
+from trimtab.engine.forward import engine_for
 from trimtab.model import PeftModel, get_peft_model
 from trimtab.train import batches, checkpoint, load, picture, samples
 from trimtab.train.audits import trainable
@@ -22,6 +23,7 @@ from trimtab.train.check import adapter_options, check
 from trimtab.train.device import Hardware, busy, pick
 from trimtab.train.folder import METRICS, PICTURE, RUN, SAMPLES, RunFolder
 from trimtab.train.options import TrainOptions
+from trimtab.train.packing import Packing, Together
 from trimtab.train.record import Record
 from trimtab.train.samples import Sample
 from trimtab.train.trainer import Trainer
@@ -141,6 +143,7 @@ class _Job:
         self.path = self.folder.path
         self.bar = ProgressBar(console)
         self.samples = samples.choose(options.sample_prompts, data, renderer)
+        self.packing = self._packing()
         self.trainer = self._trainer(hardware)
         self.main = self.trainer.is_world_process_zero()
         self.record = Record(
@@ -158,6 +161,17 @@ class _Job:
 
     # ---- the trainer
 
+    def _packing(self) -> Packing | None:
+        """How steps are laid out; None, with a line that says why, where the model takes padded batches."""
+        o = self.options
+        engine, why = engine_for(self.model.get_base_model()) if o.packing else (None, "padded batches, as asked")
+        if engine is None:
+            self.say.line("layout", why)
+            return None
+        made = Packing(engine, o.pack_tokens, rows=o.micro_batch_size, say=lambda text: self.say.line("", text))
+        self.say.line("layout", f"packs of up to {made.tokens:,} tokens; what examples begin with in common is computed once")
+        return made
+
     def _trainer(self, hardware: Hardware) -> Trainer:
         o = self.options
         callbacks: list[Any] = [MetricsFile(self.path / METRICS), self.bar]
@@ -168,20 +182,23 @@ class _Job:
             args=self._arguments(hardware),
             train_dataset=self.data.train,
             eval_dataset=self.data.val or None,
-            data_collator=batches.Collator(self.renderer.tokenizer.pad_token_id),
+            data_collator=Together() if self.packing else batches.Collator(self.renderer.tokenizer.pad_token_id),
             processing_class=self.renderer.tokenizer,
             callbacks=callbacks,
+            packing=self.packing,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
     def _arguments(self, hardware: Hardware) -> TrainingArguments:
         o, held_out = self.options, bool(self.data.val)
-        micro = batches.micro_size(o.batch_size, o.micro_batch_size)
-        accumulate = o.batch_size // batches.ranks() // micro
+        share = o.batch_size // batches.ranks()
+        micro = share if self.packing else batches.micro_size(o.batch_size, o.micro_batch_size)
+        accumulate = share // micro
         steps = self._steps()
         warmup = int(o.warmup_ratio * steps)
-        length = f"{len(self.data.train):,} rows, {o.batch_size} a step ({micro} at a time): {steps:,} steps"
+        split = "" if self.packing else f" ({micro} at a time)"
+        length = f"{len(self.data.train):,} rows, {o.batch_size} a step{split}: {steps:,} steps"
         self.say.line("steps", f"{length}, {warmup} of warm-up, {o.lr_scheduler_type} from {o.learning_rate:g}")
         best = o.load_best_model_at_end and not o.save_steps
         return TrainingArguments(

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sized
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from trimtab.core.group import Group, groups
+from trimtab.data import Example
+from trimtab.engine.memory import OUT_OF_MEMORY
 from trimtab.errors import TrainingError
 from trimtab.model import PeftModel
 from trimtab.train import checkpoint
 from trimtab.train.audits import StepAudit, some_labels, trainable
 from trimtab.train.checkpoint import Counts
 from trimtab.train.objectives.sft import row_losses, supervised, takes_positions
+from trimtab.train.packing import EXAMPLES, Packing
 
 SAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed")
 ROWS = "rows"  # optional in a batch: where each of its rows comes from, `file:line`
@@ -33,13 +37,17 @@ ROWS = "rows"  # optional in a batch: where each of its rows comes from, `file:l
 
 class Trainer(transformers.Trainer):
     """The loss of an optimizer step is the sum over its supervised tokens / their number, over all micro-batches and
-    ranks. Takes what `transformers.Trainer` takes; what is above holds for decoder models, others train as there."""
+    ranks. Takes what `transformers.Trainer` takes; what is above holds for decoder models, others train as there.
+
+    Batches of the collator `Together` are laid out in packs by `packing`; padded ones go through the model as they are.
+    """
 
     model: Any
     accelerator: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, packing: Packing | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.packing = packing
         base: Any = self._base()
         config = getattr(base, "config", None)
         shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
@@ -77,6 +85,67 @@ class Trainer(transformers.Trainer):
         self._clock()
         return result
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if EXAMPLES not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        assert self.packing is not None
+        model.train()
+        examples: list[Example] = inputs[EXAMPLES]
+        self._step_rows += [f"{e.source}:{e.line}" for e in examples]
+        if num_items_in_batch is None:
+            num_items_in_batch = _supervised(examples)
+        if num_items_in_batch == 0:
+            raise TrainingError(f"{self._at()}: no supervised token in the rows {_some(self._step_rows)}")
+        first = self.current_gradient_accumulation_steps == 1
+        while True:
+            before = torch.get_rng_state(), None if first else [_copied(p.grad) for p in model.parameters()]
+            try:
+                with self.packing.engine.running():
+                    loss, counts = self._packs(model, examples, num_items_in_batch)
+                break
+            except OUT_OF_MEMORY as error:
+                if self.accelerator.num_processes > 1:
+                    raise TrainingError(
+                        f"{self._at()}: out of memory ({error}). Give fewer --pack_tokens than {self.packing.tokens}"
+                    ) from error
+                reason = error
+            self.packing.halve(reason)
+            torch.set_rng_state(before[0])
+            for i, p in enumerate(model.parameters()):
+                p.grad = None if before[1] is None else before[1][i]
+        self.counts.add(counts)
+        return loss
+
+    def _packs(self, model: nn.Module, examples: list[Example], total: Tensor | int) -> tuple[Tensor, Counts]:
+        """Forward and backward of a step's examples, pack by pack; the loss, and what was computed."""
+        assert self.packing is not None
+        packs, seen = self.packing.packs(examples), Counts()
+        done = torch.zeros((), device=self.args.device)
+        for i, pack in enumerate(packs):
+            last = i == len(packs) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    result = self.packing.engine.forward(model, pack)
+                    self._finite(result.rows, [f"{examples[m].source}:{examples[m].line}" for m in pack.members])
+                    loss = result.loss / total * self._ranks()
+                    if last:
+                        loss = loss + self._penalty()
+                self.accelerator.backward(loss)
+            done += loss.detach()
+            seen.add(Counts(len(pack.members), pack.tokens, len(pack.input_ids), pack.supervised))
+        return done, seen
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if not batch_samples or EXAMPLES not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        mine = torch.tensor(sum(_supervised(batch[EXAMPLES]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(mine).sum() if self.args.world_size > 1 else mine
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0 if EXAMPLES in inputs else super().floating_point_ops(inputs)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -96,13 +165,16 @@ class Trainer(transformers.Trainer):
         losses = row_losses(model, batch, sparse=self._sparse)
         self._finite(losses, rows)
         self._count(batch)
-        ranks = self.accelerator.num_processes // self.get_tp_size()  # the mean that DDP takes is to be a sum
-        loss = losses.sum() / num_items_in_batch * ranks
-        if model.training:
-            for group in self._live():
-                if (penalty := group.penalty()) is not None:  # once a step, however it is split
-                    loss = loss + penalty / self.current_gradient_accumulation_steps
-        return loss
+        loss = losses.sum() / num_items_in_batch * self._ranks()
+        return loss + self._penalty() if model.training else loss
+
+    def _ranks(self) -> int:
+        return self.accelerator.num_processes // self.get_tp_size()  # the mean that DDP takes is to be a sum
+
+    def _penalty(self) -> Tensor | float:
+        """What the methods add to the loss: once a step, however it is split."""
+        found = [p for group in self._live() if (p := group.penalty()) is not None]
+        return sum(found) / self.current_gradient_accumulation_steps if found else 0.0
 
     def _live(self) -> list[Group]:
         return [group for group in groups(self._base()).values() if group.live]
@@ -180,16 +252,29 @@ class Trainer(transformers.Trainer):
         model.eval()
         total = torch.zeros(3, dtype=torch.float64)  # loss, supervised tokens, examples
         for inputs in dataloader:
-            batch = self._prepare_inputs({k: v for k, v in inputs.items() if k != ROWS})
-            with torch.no_grad():
-                losses = row_losses(model, batch, sparse=self._sparse)
-            self._finite(losses, inputs.get(ROWS) or [f"evaluation row {i + 1}" for i in range(len(losses))])
-            per_row = torch.stack([losses, supervised(batch["labels"]).float(), torch.ones_like(losses)], dim=1)
+            losses, tokens, rows = self._evaluated(model, inputs)
+            self._finite(losses, rows or [f"evaluation row {i + 1}" for i in range(len(losses))])
+            per_row = torch.stack([losses, tokens.to(losses), torch.ones_like(losses)], dim=1)
             total += self.accelerator.gather_for_metrics(per_row).cpu().double().sum(0)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss, tokens, examples = total.tolist()
         metrics = {f"{prefix}_loss": loss / max(tokens, 1), f"{prefix}_supervised_tokens": int(tokens)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(examples))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _evaluated(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, list[str]]:
+        """For each row of a batch: its summed loss, its supervised tokens, where it comes from."""
+        if EXAMPLES not in inputs:
+            batch = self._prepare_inputs({k: v for k, v in inputs.items() if k != ROWS})
+            return row_losses(model, batch, sparse=self._sparse), supervised(batch["labels"]), inputs.get(ROWS, [])
+        assert self.packing is not None
+        examples: list[Example] = inputs[EXAMPLES]
+        losses = torch.zeros(len(examples), device=self.args.device)
+        with self.packing.engine.running(), self.compute_loss_context_manager():
+            for pack in self.packing.packs(examples):
+                losses[list(pack.members)] = self.packing.engine.forward(model, pack).rows.to(losses)
+        tokens = torch.tensor([_supervised([e]) for e in examples], device=losses.device)
+        return losses, tokens, [f"{e.source}:{e.line}" for e in examples]
 
     # ---- checkpoints
 
@@ -282,6 +367,15 @@ def _items(dataset: Any) -> Iterator[Any]:
     if isinstance(dataset, Sized):
         indexed: Any = dataset
         yield from (indexed[i] for i in range(len(dataset)))
+
+
+def _supervised(examples: list[Example]) -> int:
+    """How many tokens carry loss. Nothing predicts the first token of an example."""
+    return sum(sum(e.supervised[1:]) for e in examples)
+
+
+def _copied(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.clone()
 
 
 def _some(rows: list[str]) -> str:
