@@ -36,95 +36,82 @@ class Rule:
     window: int = 0
     sinks: Tensor | None = None  # (heads,): one more logit in each softmax, whose weight goes nowhere
 
-    def scores(self, products: Tensor) -> Tensor:
-        """Products q . k as scores. They are overwritten."""
-        scores = products.mul_(self.scaling)
+    def capped(self, scores: Tensor) -> Tensor:
         return scores if not self.softcap else self.softcap * torch.tanh(scores / self.softcap)
 
-    def slope(self, scores: Tensor) -> Tensor | float:
-        """The derivative of `scores` after the product."""
-        return self.scaling if not self.softcap else self.scaling * (1 - (scores / self.softcap) ** 2)
-
-    def weights(self, scores: Tensor, hidden: Tensor) -> Tensor:
-        """Scores (K, H / K, ..., keys) normalised, but for `hidden` (bool) ones; with sinks theirs is the last weight."""
-        scores = scores.masked_fill(hidden, -torch.inf)
-        if self.sinks is not None:
-            kv, per = scores.shape[:2]
-            sinks = self.sinks.to(scores.dtype).view(kv, per, *[1] * (scores.dim() - 2))
-            scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
-        return scores.softmax(-1)
+    def slope(self, capped: Tensor) -> Tensor | float:
+        """The derivative of `capped`, at its values."""
+        return 1.0 if not self.softcap else 1 - (capped / self.softcap) ** 2
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
     """q (H, T, d), k (K, T, d), v (K, T, e), H a multiple of K -> (H, T, e)."""
-    heads, tokens, _ = q.shape
-    q = q.view(len(k), -1, tokens, q.shape[-1])
-    p = rule.weights(rule.scores(q @ k[:, None].transpose(-1, -2)), ~layout.visible(rule.window))
-    return (p[..., :tokens] @ v[:, None]).reshape(heads, tokens, -1)
+    per = len(q) // len(k)
+    k, v = k.repeat_interleave(per, 0), v.repeat_interleave(per, 0)
+    scores = rule.capped(rule.scaling * q @ k.transpose(1, 2))  # (H, T, T)
+    scores = scores.masked_fill(~layout.visible(rule.window), -torch.inf)
+    if rule.sinks is not None:
+        scores = torch.cat([scores, rule.sinks[:, None, None].to(scores).expand(*scores.shape[:2], 1)], 2)
+    return scores.softmax(2)[..., : layout.length] @ v
 
 
 # ---- grouped
 
 
 class _Part:
-    """One block at work: its own q (K, H / K, n, L, d), k, v (K, 1, n, L, .), and kb, vb (K, P, .) of what it follows."""
+    """One block at work. For each of its n segments: queries q (K n, g L, d), g heads for one of keys and values, scaled;
+    keys and values k, v (K n, S, .) of the P tokens that the segment follows and of its own."""
 
     def __init__(self, block: Block, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.block, self.rule = block, rule
-        self.q, self.k, self.v = (self.take(x, len(k)) for x in (q, k, v))
-        self.kb, self.vb = (torch.cat([x[:, a : a + n] for a, n in block.before] or [x[:, :0]], 1) for x in (k, v))
-        self.known = self.kb.shape[1]  # P
+        self.kv, self.per = len(k), len(q) // len(k)
+        self.q = self.queries(q) * rule.scaling
+        self.k, self.v = (x.index_select(1, block.keys).view(-1, block.seen, x.shape[-1]) for x in (k, v))
 
-    def take(self, x: Tensor, kv: int) -> Tensor:
-        rows = x.index_select(1, self.block.rows)
-        return rows.view(kv, -1, self.block.count, self.block.length, x.shape[-1])
+    def queries(self, x: Tensor) -> Tensor:
+        """x (H, T, .) as the block's own rows (K n, g L, .)."""
+        rows = self.block.heads(self.per, x.shape[1])
+        return x.reshape(self.kv, -1, x.shape[-1]).index_select(1, rows).view(self.kv * self.block.count, -1, x.shape[-1])
 
-    def beside(self, x: Tensor, m: Tensor) -> Tensor:
-        """x (K, H / K, n, L, a) times m (K, a, b), one product for all segments of the block together."""
-        return (x.flatten(1, 3) @ m).view(*x.shape[:-1], -1)
-
-    def against(self, own: Tensor, before: Tensor, x: Tensor) -> Tensor:
-        """x against all that it may see: (K, H / K, n, L, P + L)."""
-        found = x @ own.transpose(-1, -2)
-        return torch.cat([self.beside(x, before.transpose(-1, -2)), found], -1) if self.known else found
-
-    def mixed(self, p: Tensor, own: Tensor, before: Tensor) -> Tensor:
-        """Weights (K, H / K, n, L, P + L) times what they weigh."""
-        y = p[..., self.known : self.known + self.block.length] @ own
-        return y + self.beside(p[..., : self.known], before) if self.known else y
-
-    def back(self, p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of `mixed` towards `own` and `before`, for the gradient x of its result."""
-        own = (p[..., self.known : self.known + self.block.length].transpose(-1, -2) @ x).sum(1, keepdim=True)
-        return own, p[..., : self.known].flatten(1, 3).transpose(-1, -2) @ x.flatten(1, 3)
-
-    def hidden(self) -> Tensor:
-        """(L, P + L) bool. What stands before are the tokens at places 0 .. P - 1 = first - 1 of the examples."""
-        i = torch.arange(self.block.first, self.block.first + self.block.length, device=self.q.device)[:, None]
-        j = torch.arange(self.block.first + self.block.length, device=self.q.device)
-        return (j > i) | (i - j >= self.rule.window) if self.rule.window else j > i
+    def rows(self, x: Tensor) -> Tensor:
+        """(K n, g L, .) as (H, n L, .), in the order of the block's rows."""
+        x = x.view(self.kv, self.block.count, self.per, self.block.length, x.shape[-1]).transpose(1, 2)
+        return x.reshape(self.kv * self.per, -1, x.shape[-1])
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        scores = self.rule.scores(self.against(self.k, self.kb, self.q))
-        return scores, self.rule.weights(scores, self.hidden())
+        """Scores (K n, g L, S), and what they become; with sinks theirs is the last weight."""
+        rule, bias = self.rule, self.block.bias(self.per, self.rule.window, self.q.dtype)
+        if rule.softcap:
+            scores = rule.capped(self.q @ self.k.mT)
+            masked = scores + bias
+        else:
+            masked = scores = torch.baddbmm(bias.expand(len(self.q), -1, -1), self.q, self.k.mT)
+        if rule.sinks is not None:
+            sinks = rule.sinks.to(scores.dtype).view(self.kv, 1, self.per, 1)
+            sinks = sinks.expand(-1, self.block.count, -1, self.block.length).reshape(*scores.shape[:2], 1)
+            masked = torch.cat([masked, sinks], 2)
+        return scores, masked.softmax(2)
 
     def forward(self) -> Tensor:
-        return self.mixed(self.weights()[1], self.v, self.vb)
+        """(H, n L, e)."""
+        return self.rows(self.weights()[1][..., : self.block.seen] @ self.v)
 
-    def backward(self, dy: Tensor) -> tuple[Tensor, ...]:
-        """dq, dk, dv of the block's own tokens, dk and dv of those before."""
+    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For dy (K n, g L, e): dq (H, n L, d), and dk, dv (K, n, S, .)."""
         scores, p = self.weights()
-        dp = self.against(self.v, self.vb, dy)
+        dp = dy @ self.v.mT
         if self.rule.sinks is not None:
-            dp = torch.cat([dp, dp.new_zeros(*dp.shape[:-1], 1)], -1)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)[..., : scores.shape[-1]] * self.rule.slope(scores)
-        (dk, dkb), (dv, dvb) = self.back(ds, self.q), self.back(p, dy)
-        return self.mixed(ds, self.k, self.kb), dk, dv, dkb, dvb
+            dp = torch.cat([dp, dp.new_zeros(*dp.shape[:2], 1)], 2)
+        ds = torch._softmax_backward_data(dp, p, 2, p.dtype)[..., : self.block.seen]
+        ds = ds * self.rule.slope(scores) if self.rule.softcap else ds
+        dk, dv = ds.mT @ self.q, p[..., : self.block.seen].mT @ dy
+        shape = (self.kv, self.block.count, self.block.seen, -1)
+        return self.rows(ds @ self.k * self.rule.scaling), dk.view(shape), dv.view(shape)
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
     """As `plain`, block by block."""
-    out = [_Part(b, rule, q, k, v).forward().reshape(len(q), -1, v.shape[-1]) for b in layout.blocks]
+    out = [_Part(b, rule, q, k, v).forward() for b in layout.blocks]
     return torch.cat(out, 1).index_select(1, layout.place)
 
 
@@ -132,18 +119,17 @@ def grouped_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. The weights are computed again, so that no more than one block's are ever held."""
-    sizes = [len(b.rows) for b in layout.blocks]
-    parts = dy.new_zeros(len(q), sum(sizes), dy.shape[-1]).index_copy_(1, layout.place, dy).split(sizes, 1)
     own: list[tuple[Tensor, ...]] = []
-    before: list[tuple[Block, tuple[Tensor, ...]]] = []
-    for block, rows in zip(layout.blocks, parts, strict=True):
+    before: list[tuple[Block, list[Tensor]]] = []
+    for block in layout.blocks:
         part = _Part(block, rule, q, k, v)
-        *found, dkb, dvb = part.backward(rows.reshape(*part.q.shape[:-1], -1))
-        own.append(tuple(x.reshape(-1, len(block.rows), x.shape[-1]) for x in found))
-        before.append((block, (dkb, dvb)))
+        dq, *both = part.backward(part.queries(dy) * block.real(part.kv, part.per, dy.dtype))
+        p, end = block.known, block.known + block.length
+        own.append((dq, *(x[:, :, p:end].reshape(len(k), -1, x.shape[-1]) for x in both)))
+        before.append((block, [x[:, :, :p].sum(1) for x in both] if p else []))
     dq, dk, dv = (torch.cat(found, 1).index_select(1, layout.place) for found in zip(*own, strict=True))
     for block, shared in before:
-        for total, grad in zip((dk, dv), shared, strict=True):
+        for total, grad in zip((dk, dv), shared, strict=False):
             done = 0
             for start, n in block.before:
                 total[:, start : start + n] += grad[:, done : done + n]
@@ -182,7 +168,6 @@ def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, handle, *ctx.numbers, sinks = inputs
-    ctx.layout = Layout.of(handle)  # kept alive until the backward
     ctx.save_for_backward(q, k, v, handle, *([] if sinks is None else [sinks]))
 
 

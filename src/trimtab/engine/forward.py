@@ -48,6 +48,7 @@ class Engine:
         self.head = self._head()
         self.layers = _attention_layers(model)
         self.watch: Watch | None = None
+        self._layouts: list[Layout] = []  # of this step: compiled layers know them by number alone
         self._probe()
 
     def _head(self) -> nn.Module:
@@ -66,11 +67,13 @@ class Engine:
         """Forward and backward of a step both belong inside: recomputed layers read their layout again."""
         with attending(self.model):
             yield
+        self._layouts.clear()
 
     def forward(self, model: nn.Module, pack: Pack) -> Result:
         """One pack through `model`: the engine's own, perhaps wrapped for several ranks."""
         device = next(self.model.parameters()).device
         layout = Layout(pack.segments, device, self.watch)
+        self._layouts.append(layout)
         h, _ = self._run(model, pack, layout)
         put = lambda x: torch.from_numpy(x).to(device, non_blocking=True)  # noqa: E731
         pairs = Pairs(put(pack.at), put(pack.targets), put(pack.weights))

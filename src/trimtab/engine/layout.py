@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +16,64 @@ from trimtab.data.pack import Segment, ends
 from trimtab.engine.memory import Watch
 
 PIECE = 256  # longer segments are attended piece by piece: the scores of one piece are all that is held at a time
-SHORTEST = 16  # lengths are rounded up to powers of two from here on, so that segments of like length go together
+SHORTEST = 32  # lengths are rounded up to powers of two from here on, so that segments of like length go together
+WIDE = 32  # keys are filled up to multiples of this: rows of odd length are several times slower on a CPU
 
+Runs = tuple[tuple[int, int], ...]
 _numbers = itertools.count()
 _living: weakref.WeakValueDictionary[int, Layout] = weakref.WeakValueDictionary()
 
 
-@dataclass(frozen=True)
 class Block:
-    """Segments of like length that follow the same tokens: attended together."""
+    """Segments of like length that follow the same tokens: attended together.
 
-    count: int
-    length: int  # of each, with its padding
-    first: int  # position of their first tokens in their examples
-    before: tuple[tuple[int, int], ...]  # (start, length) in the row of what they follow, in order
-    rows: Tensor  # (count * length,) int64: where their tokens lie in the row; padding repeats a segment's last token
+    Each of `count` segments asks with `length` tokens and sees `seen` ones: the `known` that it follows, then its own. Where a
+    segment is shorter its last token stands again; `seen` is filled up likewise to a multiple of `WIDE`.
+    """
+
+    def __init__(self, first: int, before: Runs, runs: list[tuple[int, int]], length: int, device: torch.device) -> None:
+        self.count, self.length = len(runs), length
+        self.first = first  # position of the segments' first tokens in their examples
+        self.before = before  # (start, length) in the row of what they follow, in order
+        self.known = sum(n for _, n in before)
+        self.seen = -(-(self.known + length) // WIDE) * WIDE
+        path = [np.arange(a, a + n) for a, n in before]
+        own = [start + np.minimum(np.arange(self.seen - self.known), n - 1) for start, n in runs]
+        rows = np.stack(own)[:, :length]
+        put = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
+        self.rows = put(rows.reshape(-1))  # (count * length,): where their tokens lie in the row
+        self.keys = put(np.concatenate([part for run in own for part in (*path, run)]))  # (count * seen,)
+        self._real = put(np.stack([np.arange(length) < n for _, n in runs]))  # (count, length): no token that stands again
+        self._made: dict[Any, Tensor] = {}
+
+    def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def heads(self, per: int, tokens: int) -> Tensor:
+        """(count * per * length,): the rows of `per` heads, where those of one head stand `tokens` behind another's."""
+        step = torch.arange(per, device=self.rows.device)[:, None] * tokens
+        return self._once(("heads", per), lambda: (self.rows.view(self.count, 1, -1) + step).reshape(-1))
+
+    def real(self, kv: int, per: int, dtype: torch.dtype) -> Tensor:
+        """1 for tokens and 0 for what stands again; to multiply (kv heads * count, per * length, .)."""
+
+        def make() -> Tensor:
+            return self._real.repeat(kv, per)[:, :, None].to(dtype)
+
+        return self._once(("real", kv, per, dtype), make)
+
+    def bias(self, per: int, window: int, dtype: torch.dtype) -> Tensor:
+        """(per * length, seen) to be added to scores: 0, or -inf for what a token may not see."""
+
+        def make() -> Tensor:
+            i = torch.arange(self.known, self.known + self.length, device=self.rows.device)[:, None]
+            j = torch.arange(self.seen, device=self.rows.device)
+            hidden = (j > i) | (i - j >= window) if window else j > i  # all that is known comes before: j < known <= i
+            return torch.zeros(hidden.shape, dtype=dtype, device=i.device).masked_fill(hidden, -torch.inf).repeat(per, 1)
+
+        return self._once(("bias", per, window, dtype), make)
 
 
 class Layout:
@@ -83,8 +126,8 @@ class Layout:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        groups: dict[tuple[int, int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
-        paths: list[tuple[tuple[int, int], ...]] = []
+        groups: dict[tuple[int, int, Runs], list[tuple[int, int]]] = {}
+        paths: list[Runs] = []
         for s in self.segments:
             path = paths[s.parent] if s.parent >= 0 else ()
             for at in range(0, s.length, PIECE):
@@ -93,12 +136,11 @@ class Layout:
                 groups.setdefault((size, s.offset + at, path), []).append(run)
                 path = _joined(path, run)
             paths.append(path)
-        return [self._block(*key, runs) for key, runs in groups.items()]
-
-    def _block(self, size: int, first: int, path: tuple[tuple[int, int], ...], runs: list[tuple[int, int]]) -> Block:
-        length = min(size, max(n for _, n in runs))
-        rows = [start + np.minimum(np.arange(length), n - 1) for start, n in runs]
-        return Block(len(runs), length, first, path, torch.from_numpy(np.concatenate(rows)).to(self.device))
+        made = []
+        for (size, first, path), runs in groups.items():
+            length = min(size, max(n for _, n in runs))
+            made.append(Block(first, path, runs, length, self.device))
+        return made
 
     @cached_property
     def place(self) -> Tensor:
@@ -108,7 +150,7 @@ class Layout:
         return torch.from_numpy(np.unique(every, return_index=True)[1]).to(self.device)
 
 
-def _joined(path: tuple[tuple[int, int], ...], run: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+def _joined(path: Runs, run: tuple[int, int]) -> Runs:
     """`path` with `run` behind it; as one where the two lie side by side."""
     if path and sum(path[-1]) == run[0]:
         return (*path[:-1], (path[-1][0], path[-1][1] + run[1]))
