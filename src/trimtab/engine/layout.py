@@ -24,18 +24,30 @@ _numbers = itertools.count()
 _living: weakref.WeakValueDictionary[int, Layout] = weakref.WeakValueDictionary()
 
 
-class Block:
+class _Once:
+    """Makes each thing that is asked for under a key once."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+class Block(_Once):
     """Segments of like length that follow the same tokens: attended together.
 
     Each of `count` segments asks with `length` tokens and sees `seen` ones: the `known` that it follows, then its own. Where a
     segment is shorter its last token stands again; `seen` is filled up likewise to a multiple of `WIDE`.
     """
 
-    def __init__(self, first: int, before: Runs, runs: list[tuple[int, int]], length: int, device: torch.device) -> None:
+    def __init__(self, before: Runs, runs: list[tuple[int, int]], length: int, device: torch.device) -> None:
+        super().__init__()
         self.count, self.length = len(runs), length
-        self.first = first  # position of the segments' first tokens in their examples
         self.before = before  # (start, length) in the row of what they follow, in order
-        self.known = sum(n for _, n in before)
+        self.known = sum(n for _, n in before)  # so the segments' own tokens have positions from here on
         self.seen = -(-(self.known + length) // WIDE) * WIDE
         path = [np.arange(a, a + n) for a, n in before]
         own = [start + np.minimum(np.arange(self.seen - self.known), n - 1) for start, n in runs]
@@ -44,17 +56,11 @@ class Block:
         self.rows = put(rows.reshape(-1))  # (count * length,): where their tokens lie in the row
         self.keys = put(np.concatenate([part for run in own for part in (*path, run)]))  # (count * seen,)
         self._real = put(np.stack([np.arange(length) < n for _, n in runs]))  # (count, length): no token that stands again
-        self._made: dict[Any, Tensor] = {}
-
-    def _once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
 
     def heads(self, per: int, tokens: int) -> Tensor:
         """(count * per * length,): the rows of `per` heads, where those of one head stand `tokens` behind another's."""
         step = torch.arange(per, device=self.rows.device)[:, None] * tokens
-        return self._once(("heads", per), lambda: (self.rows.view(self.count, 1, -1) + step).reshape(-1))
+        return self.once(("heads", per), lambda: (self.rows.view(self.count, 1, -1) + step).reshape(-1))
 
     def real(self, kv: int, per: int, dtype: torch.dtype) -> Tensor:
         """1 for tokens and 0 for what stands again; to multiply (kv heads * count, per * length, .)."""
@@ -62,7 +68,7 @@ class Block:
         def make() -> Tensor:
             return self._real.repeat(kv, per)[:, :, None].to(dtype)
 
-        return self._once(("real", kv, per, dtype), make)
+        return self.once(("real", kv, per, dtype), make)
 
     def bias(self, per: int, window: int, dtype: torch.dtype) -> Tensor:
         """(per * length, seen) to be added to scores: 0, or -inf for what a token may not see."""
@@ -73,10 +79,10 @@ class Block:
             hidden = (j > i) | (i - j >= window) if window else j > i  # all that is known comes before: j < known <= i
             return torch.zeros(hidden.shape, dtype=dtype, device=i.device).masked_fill(hidden, -torch.inf).repeat(per, 1)
 
-        return self._once(("bias", per, window, dtype), make)
+        return self.once(("bias", per, window, dtype), make)
 
 
-class Layout:
+class Layout(_Once):
     """The segments of one packed row of `T` tokens, on `device`.
 
     It travels through a model as `handle`, a tensor with a number, so that compiled code sees the same kind of argument
@@ -87,6 +93,7 @@ class Layout:
     def __init__(
         self, segments: Sequence[Segment], device: torch.device | str = "cpu", watch: Watch | None = None
     ) -> None:
+        super().__init__()
         self.segments, self.device, self.watch = tuple(segments), torch.device(device), watch
         self.length = sum(s.length for s in segments)
         self.calls = 0
@@ -126,20 +133,20 @@ class Layout:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        groups: dict[tuple[int, int, Runs], list[tuple[int, int]]] = {}
+        groups: dict[tuple[int, Runs], list[tuple[int, int]]] = {}
         paths: list[Runs] = []
         for s in self.segments:
             path = paths[s.parent] if s.parent >= 0 else ()
             for at in range(0, s.length, PIECE):
                 run = (s.start + at, min(PIECE, s.length - at))
                 size = max(SHORTEST, 1 << (run[1] - 1).bit_length())
-                groups.setdefault((size, s.offset + at, path), []).append(run)
+                groups.setdefault((size, path), []).append(run)
                 path = _joined(path, run)
             paths.append(path)
         made = []
-        for (size, first, path), runs in groups.items():
+        for (size, path), runs in groups.items():
             length = min(size, max(n for _, n in runs))
-            made.append(Block(first, path, runs, length, self.device))
+            made.append(Block(path, runs, length, self.device))
         return made
 
     @cached_property
