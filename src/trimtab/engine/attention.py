@@ -8,17 +8,18 @@ CPU runs; on a CUDA device it is flex attention. Registered with transformers un
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trimtab.engine.layout import Block, Layout
+from trimtab.engine.layout import Block, Heads, Layout
 from trimtab.errors import NotSupported
 
 NAME = "trimtab"
@@ -58,83 +59,80 @@ def plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor
 # ---- grouped
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(heads, T, d) as rows (T heads, d): how projections leave them in memory, so that nothing is copied."""
+    return x.transpose(0, 1).reshape(-1, x.shape[-1])
+
+
 class _Part:
     """One block at work. For each of its n segments: queries q (K n, g L, d), g heads for one of keys and values, scaled;
-    keys and values k, v (K n, S, .) of the P tokens that the segment follows and of its own."""
+    keys and values k, v (K n, S, .) of the tokens that the segment follows and of its own."""
 
-    def __init__(self, block: Block, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.block, self.rule = block, rule
-        self.kv, self.per = len(k), len(q) // len(k)
+    def __init__(self, block: Block, rule: Rule, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.block, self.rule, self.heads = block, rule, heads
         self.q = self.queries(q) * rule.scaling
-        self.k, self.v = (x.index_select(1, block.keys).view(-1, block.seen, x.shape[-1]) for x in (k, v))
+        keys = block.keys_of(heads)
+        self.k, self.v = (x.index_select(0, keys).view(-1, block.seen, x.shape[-1]) for x in (k, v))
 
     def queries(self, x: Tensor) -> Tensor:
-        """x (H, T, .) as the block's own rows (K n, g L, .)."""
-        rows = self.block.heads(self.per, x.shape[1])
-        return x.reshape(self.kv, -1, x.shape[-1]).index_select(1, rows).view(self.kv * self.block.count, -1, x.shape[-1])
-
-    def rows(self, x: Tensor) -> Tensor:
-        """(K n, g L, .) as (H, n L, .), in the order of the block's rows."""
-        x = x.view(self.kv, self.block.count, self.per, self.block.length, x.shape[-1]).transpose(1, 2)
-        return x.reshape(self.kv * self.per, -1, x.shape[-1])
+        """The block's own of the rows x (T H, .): (K n, g L, .)."""
+        found = x.index_select(0, self.block.asks_of(self.heads))
+        return found.view(self.heads.kv * self.block.count, -1, x.shape[-1])
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Scores (K n, g L, S), and what they become; with sinks theirs is the last weight."""
-        rule, bias = self.rule, self.block.bias(self.per, self.rule.window, self.q.dtype)
+        rule, heads, bias = self.rule, self.heads, self.block.bias(self.heads.per, self.rule.window, self.q.dtype)
         if rule.softcap:
             scores = rule.capped(self.q @ self.k.mT)
             masked = scores + bias
         else:
             masked = scores = torch.baddbmm(bias.expand(len(self.q), -1, -1), self.q, self.k.mT)
         if rule.sinks is not None:
-            sinks = rule.sinks.to(scores.dtype).view(self.kv, 1, self.per, 1)
+            sinks = rule.sinks.to(scores.dtype).view(heads.kv, 1, heads.per, 1)
             sinks = sinks.expand(-1, self.block.count, -1, self.block.length).reshape(*scores.shape[:2], 1)
             masked = torch.cat([masked, sinks], 2)
         return scores, masked.softmax(2)
 
     def forward(self) -> Tensor:
-        """(H, n L, e)."""
-        return self.rows(self.weights()[1][..., : self.block.seen] @ self.v)
+        """(K n, g L, e)."""
+        return self.weights()[1][..., : self.block.seen] @ self.v
 
     def backward(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For dy (K n, g L, e): dq (H, n L, d), and dk, dv (K, n, S, .)."""
+        """For dy (K n, g L, e): dq (K n, g L, d), and dk, dv (K n, S, .)."""
         scores, p = self.weights()
         dp = dy @ self.v.mT
         if self.rule.sinks is not None:
             dp = torch.cat([dp, dp.new_zeros(*dp.shape[:2], 1)], 2)
         ds = torch._softmax_backward_data(dp, p, 2, p.dtype)[..., : self.block.seen]
         ds = ds * self.rule.slope(scores) if self.rule.softcap else ds
-        dk, dv = ds.mT @ self.q, p[..., : self.block.seen].mT @ dy
-        shape = (self.kv, self.block.count, self.block.seen, -1)
-        return self.rows(ds @ self.k * self.rule.scaling), dk.view(shape), dv.view(shape)
+        return ds @ self.k * self.rule.scaling, ds.mT @ self.q, p[..., : self.block.seen].mT @ dy
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in parts])
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
     """As `plain`, block by block."""
-    out = [_Part(b, rule, q, k, v).forward() for b in layout.blocks]
-    return torch.cat(out, 1).index_select(1, layout.place)
+    heads, rows = Heads(len(q), len(k)), [_rows(x) for x in (q, k, v)]
+    out = _joined(_Part(b, rule, heads, *rows).forward() for b in layout.blocks)
+    return out.index_select(0, layout.place(heads)).view(layout.length, len(q), -1).transpose(0, 1)
 
 
 def grouped_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. The weights are computed again, so that no more than one block's are ever held."""
-    own: list[tuple[Tensor, ...]] = []
-    before: list[tuple[Block, list[Tensor]]] = []
+    heads, rows, dy = Heads(len(q), len(k)), [_rows(x) for x in (q, k, v)], _rows(dy)
+    found = []
     for block in layout.blocks:
-        part = _Part(block, rule, q, k, v)
-        dq, *both = part.backward(part.queries(dy) * block.real(part.kv, part.per, dy.dtype))
-        p, end = block.known, block.known + block.length
-        own.append((dq, *(x[:, :, p:end].reshape(len(k), -1, x.shape[-1]) for x in both)))
-        before.append((block, [x[:, :, :p].sum(1) for x in both] if p else []))
-    dq, dk, dv = (torch.cat(found, 1).index_select(1, layout.place) for found in zip(*own, strict=True))
-    for block, shared in before:
-        for total, grad in zip((dk, dv), shared, strict=False):
-            done = 0
-            for start, n in block.before:
-                total[:, start : start + n] += grad[:, done : done + n]
-                done += n
-    return dq, dk, dv
+        part = _Part(block, rule, heads, *rows)
+        found.append(part.backward(part.queries(dy) * block.real(heads, dy.dtype)))
+    dq, dk, dv = (_joined(parts) for parts in zip(*found, strict=True))
+    dq = dq.index_select(0, layout.place(heads)).view(layout.length, len(q), -1)
+    bags, starts = layout.bags(heads)  # a token is a key of each segment that sees it: its gradients are added up
+    dk, dv = (F.embedding_bag(bags, x, starts, mode="sum").view(layout.length, len(k), -1) for x in (dk, dv))
+    return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
 
 @torch.library.custom_op("trimtab::packed_attention", mutates_args=())
@@ -143,7 +141,7 @@ def packed_attention(
 ) -> Tensor:
     """q (1, H, T, d), k, v (1, K, T, .) -> (1, T, H, e), by `grouped`. One operator, so that compiled layers keep it whole."""
     y = grouped(q[0], k[0], v[0], Layout.of(handle).read(), Rule(scaling, softcap, window, sinks))
-    return y.transpose(0, 1).contiguous()[None]
+    return y.transpose(0, 1)[None].contiguous()
 
 
 @packed_attention.register_fake

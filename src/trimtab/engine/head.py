@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from trimtab.core.base import port
 from trimtab.core.layer import AdapterLayer
 
-CHUNK = 1 << 22  # logits made at a time: 16 MB in float32, which a cache may hold
+CHUNK = 1 << 24  # logits made at a time: as many as a matrix product needs to be fast
+STRIP = 1 << 22  # and turned into gradients at a time: 16 MB in float32, which a cache may hold
 
 After = Callable[[Tensor], Tensor]  # what a model does to its logits: soft caps, scales
 
@@ -25,14 +26,16 @@ class Pairs:
 
     def __init__(self, at: Tensor, targets: Tensor, weights: Tensor) -> None:
         self.at, self.targets, self.weights = at, targets, weights
+        self.known = at.cpu()  # ascending
 
-    def chunks(self, rows: int, vocabulary: int) -> Iterator[tuple[slice, slice]]:
-        """Rows of the hidden states, and the pairs that they predict."""
-        size = max(16, CHUNK // vocabulary)
-        starts = torch.arange(0, rows + size, size)
-        edges = torch.searchsorted(self.at.cpu(), starts).tolist()
-        for k, a in enumerate(range(0, rows, size)):
-            yield slice(a, min(a + size, rows)), slice(edges[k], edges[k + 1])
+    def chunks(
+        self, stop: int, vocabulary: int, start: int = 0, logits: int = CHUNK
+    ) -> Iterator[tuple[slice, slice]]:
+        """Rows start .. stop of the hidden states by as many as make so many `logits`, and the pairs that they predict."""
+        size = max(16, logits // vocabulary)
+        starts = [*range(start, stop, size), stop]
+        edges = torch.searchsorted(self.known, torch.tensor(starts)).tolist()
+        yield from zip(map(slice, starts, starts[1:]), map(slice, edges, edges[1:]), strict=True)
 
 
 def losses(h: Tensor, head: nn.Module, after: After | None, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -80,16 +83,21 @@ class _Frozen(torch.autograd.Function):
         wide = _wide(h)
         each = torch.empty(len(pairs.at), dtype=wide, device=h.device)
         weights = pairs.weights.to(wide)
-        counts = torch.zeros(len(h), dtype=wide, device=h.device).index_add_(0, pairs.at, weights)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        for rows, mine in pairs.chunks(len(h), len(w)):
-            at, targets = pairs.at[mine] - rows.start, pairs.targets[mine]
-            logp = base.op(h[rows], w, b).to(wide).log_softmax(-1)  # (chunk, V)
-            each[mine] = -logp[at, targets]
-            if dh is not None:  # dz = (how many pairs) softmax(z) - (which tokens)
-                dz = logp.exp_().mul_(counts[rows, None])
-                dz.index_put_((at, targets), -weights[mine], accumulate=True)
-                dh[rows] = dz.to(w.dtype) @ w
+        for rows, _ in pairs.chunks(len(h), len(w)):
+            z = base.op(h[rows], w, b)  # (chunk, V); a strip at a time it becomes its own gradient
+            for strip, mine in pairs.chunks(rows.stop, len(w), rows.start, STRIP):
+                part = z[strip.start - rows.start : strip.stop - rows.start]
+                at, targets = pairs.at[mine] - strip.start, pairs.targets[mine]
+                logp = part.to(wide).log_softmax(-1)
+                each[mine] = -logp[at, targets]
+                if dh is not None:  # dz = (how many pairs) softmax(z) - (which tokens)
+                    counts = torch.zeros(len(part), dtype=wide, device=h.device).index_add_(0, at, weights[mine])
+                    dz = logp.exp_().mul_(counts[:, None])
+                    dz.index_put_((at, targets), -weights[mine], accumulate=True)
+                    part.copy_(dz)
+            if dh is not None:
+                dh[rows] = z @ w
         ctx.dh = dh
         ctx.mark_non_differentiable(each)
         return (each * weights).sum(), each

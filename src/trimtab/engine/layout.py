@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.data.pack import Segment, ends
 from trimtab.engine.memory import Watch
 
-PIECE = 256  # longer segments are attended piece by piece: the scores of one piece are all that is held at a time
+PIECE, PIECES = 128, 8  # longer segments are attended piece by piece, so that little is computed that may not be seen
 SHORTEST = 32  # lengths are rounded up to powers of two from here on, so that segments of like length go together
 WIDE = 32  # keys are filled up to multiples of this: rows of odd length are several times slower on a CPU
 
@@ -36,50 +36,74 @@ class _Once:
         return self._made[key]
 
 
+class Heads(NamedTuple):
+    """How many heads ask, and how many keys and values they share."""
+
+    q: int
+    kv: int
+
+    @property
+    def per(self) -> int:
+        return self.q // self.kv
+
+
 class Block(_Once):
-    """Segments of like length that follow the same tokens: attended together.
+    """Segments of like length that follow equally many tokens: attended together.
 
     Each of `count` segments asks with `length` tokens and sees `seen` ones: the `known` that it follows, then its own. Where a
     segment is shorter its last token stands again; `seen` is filled up likewise to a multiple of `WIDE`.
     """
 
-    def __init__(self, before: Runs, runs: list[tuple[int, int]], length: int, device: torch.device) -> None:
+    def __init__(self, runs: list[tuple[Runs, int, int]], length: int, device: torch.device) -> None:
+        """runs: for each segment what it follows as (start, length) in the row, where it starts, and its length."""
         super().__init__()
-        self.count, self.length = len(runs), length
-        self.before = before  # (start, length) in the row of what they follow, in order
-        self.known = sum(n for _, n in before)  # so the segments' own tokens have positions from here on
+        self.count, self.length, self.device = len(runs), length, device
+        self.known = sum(n for _, n in runs[0][0])  # so the segments' own tokens have positions from here on
         self.seen = -(-(self.known + length) // WIDE) * WIDE
-        path = [np.arange(a, a + n) for a, n in before]
-        own = [start + np.minimum(np.arange(self.seen - self.known), n - 1) for start, n in runs]
-        rows = np.stack(own)[:, :length]
-        put = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
-        self.rows = put(rows.reshape(-1))  # (count * length,): where their tokens lie in the row
-        self.keys = put(np.concatenate([part for run in own for part in (*path, run)]))  # (count * seen,)
-        self._real = put(np.stack([np.arange(length) < n for _, n in runs]))  # (count, length): no token that stands again
+        keys = []
+        for before, start, n in runs:
+            own = start + np.minimum(np.arange(self.seen - self.known), n - 1)
+            keys.append(np.concatenate([*(np.arange(a, a + m) for a, m in before), own]))
+        self.keys = np.stack(keys)  # (count, seen): rows of the tokens that may be seen
+        self.rows = self.keys[:, self.known : self.known + length]  # (count, length): of those that ask
+        lengths = np.array([n for _, _, n in runs])[:, None]
+        self.asking = np.arange(length) < lengths  # (count, length): those that do not stand again
+        self.shown = np.arange(self.seen) < self.known + lengths  # (count, seen): likewise
 
-    def heads(self, per: int, tokens: int) -> Tensor:
-        """(count * per * length,): the rows of `per` heads, where those of one head stand `tokens` behind another's."""
-        step = torch.arange(per, device=self.rows.device)[:, None] * tokens
-        return self.once(("heads", per), lambda: (self.rows.view(self.count, 1, -1) + step).reshape(-1))
+    def asks(self, heads: Heads) -> np.ndarray:
+        """(kv, count, per, length): token * heads + head of all that ask."""
+        head = np.arange(heads.q).reshape(heads.kv, 1, heads.per, 1)
+        return self.rows[None, :, None] * heads.q + head
 
-    def real(self, kv: int, per: int, dtype: torch.dtype) -> Tensor:
-        """1 for tokens and 0 for what stands again; to multiply (kv heads * count, per * length, .)."""
+    def asks_of(self, heads: Heads) -> Tensor:
+        return self.once(("asks", heads), lambda: self._put(self.asks(heads).reshape(-1)))
+
+    def keys_of(self, heads: Heads) -> Tensor:
+        """(kv * count * seen,): token * kv + head of all that is seen."""
+        head = np.arange(heads.kv)[:, None, None]
+        return self.once(("keys", heads), lambda: self._put((self.keys * heads.kv + head).reshape(-1)))
+
+    def real(self, heads: Heads, dtype: torch.dtype) -> Tensor:
+        """(kv * count, per * length, 1): 1 for tokens and 0 for what stands again."""
 
         def make() -> Tensor:
-            return self._real.repeat(kv, per)[:, :, None].to(dtype)
+            return self._put(self.asking).repeat(heads.kv, heads.per)[:, :, None].to(dtype)
 
-        return self.once(("real", kv, per, dtype), make)
+        return self.once(("real", heads, dtype), make)
 
     def bias(self, per: int, window: int, dtype: torch.dtype) -> Tensor:
         """(per * length, seen) to be added to scores: 0, or -inf for what a token may not see."""
 
         def make() -> Tensor:
-            i = torch.arange(self.known, self.known + self.length, device=self.rows.device)[:, None]
-            j = torch.arange(self.seen, device=self.rows.device)
+            i = torch.arange(self.known, self.known + self.length, device=self.device)[:, None]
+            j = torch.arange(self.seen, device=self.device)
             hidden = (j > i) | (i - j >= window) if window else j > i  # all that is known comes before: j < known <= i
             return torch.zeros(hidden.shape, dtype=dtype, device=i.device).masked_fill(hidden, -torch.inf).repeat(per, 1)
 
         return self.once(("bias", per, window, dtype), make)
+
+    def _put(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(self.device)
 
 
 class Layout(_Once):
@@ -133,28 +157,55 @@ class Layout(_Once):
 
     @cached_property
     def blocks(self) -> list[Block]:
-        groups: dict[tuple[int, Runs], list[tuple[int, int]]] = {}
+        piece = max(PIECE, 1 << (max(s.length for s in self.segments) // PIECES).bit_length())
+        groups: dict[tuple[int, int], list[tuple[Runs, int, int]]] = {}
         paths: list[Runs] = []
         for s in self.segments:
             path = paths[s.parent] if s.parent >= 0 else ()
-            for at in range(0, s.length, PIECE):
-                run = (s.start + at, min(PIECE, s.length - at))
+            for at in range(0, s.length, piece):
+                run = (s.start + at, min(piece, s.length - at))
                 size = max(SHORTEST, 1 << (run[1] - 1).bit_length())
-                groups.setdefault((size, path), []).append(run)
+                groups.setdefault((size, s.offset + at), []).append((path, *run))
                 path = _joined(path, run)
             paths.append(path)
-        made = []
-        for (size, path), runs in groups.items():
-            length = min(size, max(n for _, n in runs))
-            made.append(Block(path, runs, length, self.device))
-        return made
+        sized = ((min(size, max(n for _, _, n in runs)), runs) for (size, _), runs in groups.items())
+        return [Block(runs, length, self.device) for length, runs in sized]
 
-    @cached_property
-    def place(self) -> Tensor:
-        """(T,): where each token of the row stands when the blocks' rows are laid end to end."""
-        every = torch.cat([b.rows for b in self.blocks]).cpu().numpy()
-        # a segment's last token is repeated behind it: the first of its places is the real one
-        return torch.from_numpy(np.unique(every, return_index=True)[1]).to(self.device)
+    def place(self, heads: Heads) -> Tensor:
+        """(T * heads,): where each token's answer of each head stands when all blocks' answers are laid end to end."""
+
+        def make() -> Tensor:
+            place = np.empty(self.length * heads.q, dtype=np.int64)
+            at = 0
+            for block in self.blocks:
+                asks = block.asks(heads)
+                real = np.broadcast_to(block.asking[None, :, None], asks.shape)
+                place[asks[real]] = at + np.flatnonzero(real)
+                at += asks.size
+            return torch.from_numpy(place).to(self.device)
+
+        return self.once(("place", heads), make)
+
+    def bags(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """For each token and head of keys: where it stands when all blocks' keys are laid end to end, one after the other,
+        and where its places begin among them, `(T * kv,)`."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            tokens, places = [], []
+            at = 0
+            for block in self.blocks:
+                head = np.arange(heads.kv)[:, None, None]
+                shown = np.broadcast_to(block.shown, (heads.kv, *block.shown.shape))
+                tokens.append((block.keys * heads.kv + head)[shown])
+                places.append(at + np.flatnonzero(shown))
+                at += shown.size
+            token = np.concatenate(tokens)
+            order = np.argsort(token, kind="stable")
+            starts = np.searchsorted(token[order], np.arange(self.length * heads.kv))
+            put = lambda x: torch.from_numpy(x).to(self.device)  # noqa: E731
+            return put(np.concatenate(places)[order]), put(starts)
+
+        return self.once(("bags", heads), make)
 
 
 def _joined(path: Runs, run: tuple[int, int]) -> Runs:
