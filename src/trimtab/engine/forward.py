@@ -7,7 +7,7 @@ the logits that they give alone, every attention layer must have read the layout
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from trimtab.core.group import groups
 from trimtab.data.encode import Example
 from trimtab.data.pack import Pack, pack
 from trimtab.engine.attention import attending
+from trimtab.engine.compile import Compiled
 from trimtab.engine.head import After, Pairs, losses
 from trimtab.engine.layout import Layout
 from trimtab.engine.memory import Watch
@@ -48,6 +49,7 @@ class Engine:
         self.head = self._head()
         self.layers = _attention_layers(model)
         self.watch: Watch | None = None
+        self.compiled: Compiled | None = None  # used in training steps, where it is set
         self._layouts: list[Layout] = []  # of this step: compiled layers know them by number alone
         self._probe()
 
@@ -63,11 +65,14 @@ class Engine:
     # ---- a step
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, *, training: bool = False) -> Iterator[None]:
         """Forward and backward of a step both belong inside: recomputed layers read their layout again."""
-        with attending(self.model):
-            yield
-        self._layouts.clear()
+        quick = self.compiled.on() if training and self.compiled is not None else nullcontext()
+        try:
+            with attending(self.model), quick:
+                yield
+        finally:
+            self._layouts.clear()
 
     def forward(self, model: nn.Module, pack: Pack) -> Result:
         """One pack through `model`: the engine's own, perhaps wrapped for several ranks."""

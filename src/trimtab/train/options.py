@@ -43,6 +43,9 @@ class TrainOptions:
     micro_batch_size: int | None = option(None, "examples per forward pass (default: chosen)", group="Optimisation")
     packing: bool = option(True, "lay examples end to end, share what they begin with; false: pad", group="Optimisation")
     pack_tokens: int | None = option(None, "tokens per forward pass (default: chosen by memory)", group="Optimisation")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "compile decoder layers; auto: where the run is long enough to win it back", group="Optimisation"
+    )
     num_train_epochs: float = option(1.0, "passes over the rows", group="Optimisation")
     max_steps: int = option(-1, "optimizer steps; overrides epochs", group="Optimisation")
     learning_rate: float = option(2e-4, "peak learning rate", group="Optimisation")

@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 
 from trimtab.core.config import config_for, method_of
 from trimtab.data import Prepared, Renderer, prepare
+from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.model import PeftModel, get_peft_model
 from trimtab.train import batches, checkpoint, load, picture, samples
@@ -169,7 +170,10 @@ class _Job:
             self.say.line("layout", why)
             return None
         made = Packing(engine, o.pack_tokens, rows=o.micro_batch_size, say=lambda text: self.say.line("", text))
+        tokens = sum(len(e.input_ids) for e in self.data.train) * self._steps() * o.batch_size / len(self.data.train)
+        engine.compiled, why = choose("off" if o.gradient_checkpointing else o.compile, engine.model, tokens)
         self.say.line("layout", f"packs of up to {made.tokens:,} tokens; what examples begin with in common is computed once")
+        self.say.line("compile", why)
         return made
 
     def _trainer(self, hardware: Hardware) -> Trainer:

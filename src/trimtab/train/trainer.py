@@ -102,7 +102,7 @@ class Trainer(transformers.Trainer):
         while True:
             before = torch.get_rng_state(), None if first else [_copied(p.grad) for p in model.parameters()]
             try:
-                with self.packing.engine.running():
+                with self.packing.engine.running(training=True):
                     loss, counts = self._packs(model, examples, num_items_in_batch)
                 break
             except OUT_OF_MEMORY as error:
