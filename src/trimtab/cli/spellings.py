@@ -23,6 +23,7 @@ def _names(**table: str) -> dict[str, str]:
 
 
 RENAMED = _names(
+    packing="sample_packing",
     model="base_model model_name_or_path model_id model_name pretrained_model_name_or_path checkpoint_dir",
     dataset="datasets data data_path dataset_path dataset_name train_file train_data train_dataset",
     val_dataset="eval_dataset eval_data eval_file valid_data validation_file validation_data val_data test_datasets",
@@ -133,8 +134,6 @@ REWRITTEN: dict[str, Callable[[Any], Options]] = {
     "eval_strategy": _only("steps", "epoch", "no", "false", instead="say eval_steps"),
     "evaluation_strategy": _only("steps", "epoch", "no", "false", instead="say eval_steps"),
     "save_strategy": _only("steps", "no", "false", instead="say save_steps"),
-    "packing": _anything,
-    "sample_packing": _anything,
     "group_by_length": _anything,
     "per_device_eval_batch_size": _anything,
     "eval_batch_size": _anything,
@@ -152,7 +151,7 @@ KNOWN = {*RENAMED, *REWRITTEN, *BATCH, "warmup_steps"}
 SWITCHES = set(
     "train_on_inputs train_on_prompt mask_prompt assistant_only_loss completion_only_loss train_on_completions"
     " bf16 fp16 fp32 load_in_8bit lora_target_linear disable_gradient_checkpointing do_train train use_peft"
-    " packing sample_packing group_by_length overwrite_cache plot_loss".split()
+    " sample_packing group_by_length overwrite_cache plot_loss".split()
 )
 
 
