@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ PEERS = ("peft_trainer", "tutorial", "trl_sft", "trl_packing")
 OURS = (sys.executable, "-c", "from trimtab.cli import main; main()", "train")
 WARM = 10  # the first steps, in which a compiler may run, do not count as steady
 TIMEOUT = 3600  # seconds
+RUN, METRICS = "run.json", "metrics.jsonl"  # what our runs write
 ADAPTER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -138,8 +140,9 @@ def peer_command(job: Job, kind: str, rows: int, flags: tuple[str, ...], adapter
 
 
 def run(command: list[str], folder: Path, threads: int, timeout: float = TIMEOUT) -> str:
-    """What the command printed. Its working folder is `folder`, which also keeps both its streams."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """What the command printed. It works in `folder`, which is emptied first, and keeps both its streams."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     count = str(threads)
     environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1"}
     out, err = folder / "stdout.txt", folder / "stderr.txt"
@@ -180,13 +183,16 @@ def measure(contender: Contender, job: Job, folder: Path) -> dict[str, Any]:
     if contender.ours:
         output = folder / "adapter"
         run(our_command(job, contender.rows, contender.flags, output), folder, job.threads)
-        return our_figures(output)
+        for name in (RUN, METRICS):
+            (output / name).replace(folder / name)
+        shutil.rmtree(output)  # an adapter and a tokenizer for each cell would add up
+        return our_figures(folder)
     return peer_figures(run(peer_command(job, contender.kind, contender.rows, contender.flags), folder, job.threads))
 
 
-def our_figures(output: Path) -> dict[str, Any]:
-    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+def our_figures(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    lines = (folder / METRICS).read_text(encoding="utf-8").split("\n")
     metrics = [line for line in map(json.loads, filter(None, lines)) if "loss" in line]
     names = ("steps", "tokens_computed", "supervised_tokens", "train_seconds", "tokens_per_second", "peak_memory_bytes")
     return {name: record[name] for name in names} | {
