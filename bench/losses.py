@@ -20,6 +20,7 @@ import contenders
 import machine
 from contenders import Contender, RunFailed
 from run import LOSSES, Bench, options
+from trimtab.errors import ConfigError
 from works import Work
 
 EXACT, CLOSE, LAST = 1e-4, 0.01, 20
@@ -78,8 +79,13 @@ def main() -> int:
     steps, dtype = (a.steps, "bfloat16") if a.steps else (a.first, "float32")
     good = True
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(a, Path(temporary))
+        try:
+            bench = Bench(a, Path(temporary))
+        except ConfigError as error:
+            print(f"error: {error}")
+            return 1
         if bench.peers is None:
+            print("so there is nothing to compare with (--peers FOLDER)")
             return 1
         adapter = bench.adapter()
         for work in bench.works:

@@ -40,6 +40,7 @@ class Results:
                 said = f"earlier results ({why}) are kept in {aside.name}"
                 self.header, self.commands, self.cells = {}, [], []
             else:
+                self.cells = [cell for cell in self.cells if "failed" not in cell]  # tried again
                 said = f"going on with {len(self.cells)} results of {self.header['started']}"
         if not self.header:
             self.header = header | {"started": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")}

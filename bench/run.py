@@ -76,6 +76,8 @@ class Bench:
 
         self.a, self.folder = a, folder
         self.model = (a.model or bundled_model()).expanduser().resolve()
+        if not (self.model / "tokenizer.json").is_file() or not [*self.model.glob("*.safetensors")]:
+            raise ConfigError(f"--model {a.model}: not a folder with a tokenizer.json and *.safetensors")
         self.output = a.output_dir.resolve()
         tokenizer = Tokenizer.from_file(str(self.model / "tokenizer.json"))
         self.rows = Rows(a.data.resolve(), folder, lambda text: len(tokenizer.encode(text).ids))

@@ -39,6 +39,16 @@ def test_finished_cells_are_found_again(tmp_path: Path) -> None:
     assert again.commands == ["python bench/run.py"]
 
 
+def test_what_failed_is_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    first, _ = begun(path)
+    first.add(cell())
+    first.add({"work": "short", "contender": "tutorial", "rows": 64, "round": 0, "failed": "out of memory"})
+    assert first.has(cell(contender="tutorial"))  # not in the same bench
+    assert begun(path)[0].cells == [cell()]
+    assert len(Results(path).cells) == 2  # a report shows that it failed
+
+
 def test_a_line_cut_short_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     first, _ = begun(path)
