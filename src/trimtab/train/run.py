@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 
 from trimtab.core.config import config_for, method_of
 from trimtab.data import Prepared, Renderer, prepare
-from trimtab.model import PeftModel, get_peft_model
+from trimtab.model import PeftModel, checkpoint_activations, get_peft_model
 from trimtab.train import batches, checkpoint, load, picture, samples
 from trimtab.train.audits import trainable
 from trimtab.train.callbacks import MetricsFile, ProgressBar, clock, read_metrics
@@ -105,7 +105,7 @@ def _model(o: TrainOptions, folder: Path, hardware: Hardware) -> PeftModel:
     given = Path(o.model).expanduser()
     base.name_or_path = base.config._name_or_path = str(given.resolve()) if given.exists() else o.model
     if o.gradient_checkpointing:
-        load.checkpoint_activations(base)
+        checkpoint_activations(base)
     if o.init_adapter is not None:
         return PeftModel.from_pretrained(base, str(Path(o.init_adapter).expanduser()), is_trainable=True)
     return get_peft_model(base, config_for(o.adapter, **adapter_options(o)))
