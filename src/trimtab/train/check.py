@@ -39,7 +39,7 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-ABOVE_ZERO = ("learning_rate", "num_train_epochs")
+ABOVE_ZERO = {"learning_rate": "2e-4 suits most adapters", "num_train_epochs": "1 is one pass over the rows"}
 
 
 def check(options: TrainOptions) -> None:
@@ -73,10 +73,10 @@ def _numbers(o: TrainOptions) -> Iterator[str]:
         value = getattr(o, name)
         if value is not None and not (math.isfinite(value) and value >= low):
             yield f"{name} is {value}; it must be at least {low}"
-    for name in ABOVE_ZERO:
+    for name, usual in ABOVE_ZERO.items():
         value = getattr(o, name)
         if not (math.isfinite(value) and value > 0):
-            yield f"{name} is {value}; it must be above 0"
+            yield f"{name} is {value}; it must be above 0 ({usual})"
     if not 0 <= o.warmup_ratio < 1:
         yield f"warmup_ratio is {o.warmup_ratio}; it is a share of the steps: at least 0, below 1"
     if o.max_steps != -1 and o.max_steps < 1:
