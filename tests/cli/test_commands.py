@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.cli.demo import HELD_OUT, ROWS, make_way, sparkline
+from trimtab.core.config import methods
 from trimtab.errors import ConfigError
 
 
@@ -45,8 +47,6 @@ def test_help_of_train_names_every_option(run: Callable) -> None:
 
 
 def test_methods_is_a_table_of_equations(run: Callable) -> None:
-    from trimtab.core.config import methods
-
     shown = run("methods").output
     assert [m for m in methods() if m not in shown] == []
     assert "W' = W + s B A" in shown and "2106.09685" in shown
@@ -77,6 +77,23 @@ def test_sites_counts_what_train_trains(run: Callable, model: Path, adapter: Pat
     trained = json.loads((adapter / "run.json").read_text())["trainable_parameters"]
     assert f"lora: {trained:,} trained of" in shown
     assert "q_proj" in shown and "32 x 32" in shown and "untouched: embed_tokens (1), lm_head (1)" in shown
+
+
+def test_dora_by_name_and_by_switch_are_one(run: Callable, model: Path) -> None:
+    named, switched = (run("sites", model, "--adapter", *how).output for how in (["dora"], ["lora", "--use_dora"]))
+    assert named.partition("dora: ")[2] == switched.partition("lora: ")[2] and "down_proj" in named
+
+
+@pytest.mark.parametrize("method", methods())
+def test_sites_knows_every_method(run: Callable, model: Path, method: str) -> None:
+    result = run("sites", model, "--adapter", method)
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"{method}: [1-9][\d,]* trained of", result.output)
+
+
+def test_sites_of_a_prompt_that_starts_from_words(run: Callable, model: Path) -> None:
+    result = run("sites", model, "--adapter", "prompt_tuning", "--prompt_tuning_init", "SAMPLE_VOCAB")
+    assert result.exit_code == 0 and "prompt_tuning: 640 trained of" in result.output  # 20 tokens of width 32
 
 
 def test_sites_of_a_pattern(run: Callable, model: Path) -> None:

@@ -9,7 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from trimtab.core.config import PeftConfig, config_for
+from trimtab import store
+from trimtab.core.config import PeftConfig, config_class, config_for, method_of
 from trimtab.errors import ConfigError, TrimtabError, nearest
 from trimtab.train import batches, checkpoint, load
 from trimtab.train.options import TrainOptions
@@ -125,7 +126,14 @@ def _adapter(o: TrainOptions) -> None:
     if o.init_adapter is None:
         config_for(o.adapter, **adapter_options(o))
         return
-    known: Any = PeftConfig.from_pretrained(Path(o.init_adapter).expanduser())
+    folder = store.folder(o.init_adapter)
+    known: Any = PeftConfig.from_pretrained(folder)
+    method = method_of(known).name
+    if o.adapter not in (method, TrainOptions.adapter):
+        raise ConfigError(
+            f"adapter {o.adapter} was asked for, and init_adapter {o.init_adapter} holds {method}: leave one of them out"
+        )
+    store.read(folder)  # a damaged file is found before the model is loaded
     there = {name: getattr(known, name, None) for name in o.adapter_options}
     changed = [f"{k}: {there[k]!r} there, {v!r} asked" for k, v in o.adapter_options.items() if there[k] != v]
     if changed:
@@ -136,9 +144,8 @@ def _adapter(o: TrainOptions) -> None:
 
 def adapter_options(o: TrainOptions) -> dict[str, Any]:
     """What the adapter's config is made of: ours where they are LoRA's and not said, then the user's."""
-    ours = (
-        {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"} if o.adapter == "lora" else {}
-    )
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    ours = lora if config_class(o.adapter).peft_type == "LORA" else {}  # its variants are asked for by name, or by a switch
     return {"task_type": "CAUSAL_LM"} | ours | o.adapter_options
 
 

@@ -117,9 +117,8 @@ def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
     source = f"from {o.init_adapter}" if o.init_adapter else "new"
     share = f"{100 * trained / every:.2f} %"
-    say.line(
-        "adapter", f"{o.adapter}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}"
-    )
+    name = method_of(model.peft_config["default"]).name
+    say.line("adapter", f"{name}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}")
 
 
 class _Job:
@@ -180,7 +179,7 @@ class _Job:
         micro = batches.micro_size(o.batch_size, o.micro_batch_size)
         accumulate = o.batch_size // batches.ranks() // micro
         steps = self._steps()
-        warmup = int(o.warmup_ratio * steps)
+        warmup = 0 if o.lr_scheduler_type == "constant" else int(o.warmup_ratio * steps)  # it takes none
         length = f"{len(self.data.train):,} rows, {o.batch_size} a step ({micro} at a time): {steps:,} steps"
         self.say.line("steps", f"{length}, {warmup} of warm-up, {o.lr_scheduler_type} from {o.learning_rate:g}")
         best = o.load_best_model_at_end and not o.save_steps
