@@ -131,7 +131,7 @@ def test_merge_then_chat_with_the_plain_model(run: Callable, adapter: Path, tmp_
 
 
 def test_chat_from_a_pipe(adapter: Path) -> None:
-    lines = "row 1\n\n/base\n/help\n/nonsense\n/reset\n/exit\nnever asked\n"
+    lines = "row 1\n\n/base\n/help\n/reset\n/exit\nnever asked\n"
     command = [
         sys.executable,
         "-c",
@@ -146,7 +146,13 @@ def test_chat_from_a_pipe(adapter: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()
     assert b"\x1b" not in done.stdout + done.stderr
-    assert b"forget the conversation" in done.stdout and b"no command /nonsense" in done.stderr
+    assert b"forget the conversation" in done.stdout and b"pip install" not in done.stderr
+
+
+def test_a_mistake_in_a_pipe_ends_the_chat(run: Callable, adapter: Path) -> None:
+    result = run("chat", adapter, "--max_new_tokens", "4", stdin="/rest\nrow 1\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: no command /rest. Did you mean '/reset'? All of them: /help\n"
 
 
 def test_a_base_that_moved_is_said_with_the_fix(run: Callable, adapter: Path, tmp_path: Path) -> None:

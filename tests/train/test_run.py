@@ -241,7 +241,7 @@ def test_every_wrong_option_is_said_at_once(model_folder: Path, rows: Path, tmp_
 
 def test_a_folder_that_cannot_be_written(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir .* cannot be written"):
+    with pytest.raises(ConfigError, match=r"output_dir .* cannot be written: a file is in the way\. Fix: "):
         run(options(model_folder, rows, tmp_path / "file" / "out"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from trimtab import store
 from trimtab.core.config import PeftConfig, config_class, config_for, method_of
+from trimtab.core.files import try_folder
 from trimtab.errors import ConfigError, TrimtabError, nearest
 from trimtab.train import batches, checkpoint, load
 from trimtab.train.options import TrainOptions
@@ -150,18 +150,7 @@ def adapter_options(o: TrainOptions) -> dict[str, Any]:
 
 
 def _output(o: TrainOptions) -> None:
-    """Try what will be done: make the folder and a file in it; then take both away again."""
-    folder = Path(o.output_dir).expanduser()
-    made = [f for f in (folder, *folder.parents) if not f.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(f"output_dir {o.output_dir!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        for place in made:
-            if place.is_dir() and not any(place.iterdir()):
-                place.rmdir()
+    try_folder(Path(o.output_dir).expanduser(), "output_dir")
 
 
 def _start(o: TrainOptions) -> None:
