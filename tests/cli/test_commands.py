@@ -106,6 +106,19 @@ def test_sites_reads_no_weights(run: Callable, model: Path, tmp_path: Path) -> N
     assert run("sites", tmp_path).exit_code == 0
 
 
+def test_data_check_decides_rows_as_train_does(run: Callable, model: Path, rows: Path, tmp_path: Path) -> None:
+    chosen = ["--val_size", "10", "--max_train_samples", "20", "--seed", "3", "--max_length", "100"]
+    shown = run("data", "check", rows, "--model", model, *chosen, "--show", "0").output
+    out = tmp_path / "out"
+    trained = run("train", rows, "--model", model, "--output_dir", out, "--max_steps", "1", "--dtype", "float32", *chosen)
+    assert trained.exit_code == 0, trained.output
+    for line in ("train: 20 rows read, ", "validation: 10 rows read, ", "not used: 10 rows behind max_train_samples"):
+        assert line in shown and line in trained.output
+    assert "validation rows that are training rows" in shown and "--- " not in shown
+    result = run("data", "check", rows, "--model", model, "--show", "-1")
+    assert result.exit_code == 2 and "show is -1; it must be at least 0" in result.stderr
+
+
 def test_train_ends_with_what_to_do_next(run: Callable, model: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     args = ["--max_steps", "1", "--batch_size", "2", "--dtype", "float32", "--lora_r", "2", "--output-dir", out]
