@@ -363,6 +363,15 @@ def prepare_model_for_kbit_training(
     """
     model.requires_grad_(False)
     if use_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        checkpoint_activations(model, gradient_checkpointing_kwargs)
         model.enable_input_require_grads()
     return model
+
+
+def checkpoint_activations(model: Any, settings: dict[str, Any] | None = None) -> None:
+    """Recompute activations in the backward. Non-reentrant by default: a frozen embedding does not cut the graph."""
+    settings = settings or {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name of it since transformers 5.2
+        model.activation_checkpointing_enable(settings)
+    else:
+        model.gradient_checkpointing_enable(settings)

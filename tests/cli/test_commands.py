@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.cli.demo import HELD_OUT, ROWS, make_way, sparkline
+from trimtab.core.config import methods
 from trimtab.errors import ConfigError
 
 
@@ -45,8 +47,6 @@ def test_help_of_train_names_every_option(run: Callable) -> None:
 
 
 def test_methods_is_a_table_of_equations(run: Callable) -> None:
-    from trimtab.core.config import methods
-
     shown = run("methods").output
     assert [m for m in methods() if m not in shown] == []
     assert "W' = W + s B A" in shown and "2106.09685" in shown
@@ -79,6 +79,23 @@ def test_sites_counts_what_train_trains(run: Callable, model: Path, adapter: Pat
     assert "q_proj" in shown and "32 x 32" in shown and "untouched: embed_tokens (1), lm_head (1)" in shown
 
 
+def test_dora_by_name_and_by_switch_are_one(run: Callable, model: Path) -> None:
+    named, switched = (run("sites", model, "--adapter", *how).output for how in (["dora"], ["lora", "--use_dora"]))
+    assert named.partition("dora: ")[2] == switched.partition("lora: ")[2] and "down_proj" in named
+
+
+@pytest.mark.parametrize("method", methods())
+def test_sites_knows_every_method(run: Callable, model: Path, method: str) -> None:
+    result = run("sites", model, "--adapter", method)
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"{method}: [1-9][\d,]* trained of", result.output)
+
+
+def test_sites_of_a_prompt_that_starts_from_words(run: Callable, model: Path) -> None:
+    result = run("sites", model, "--adapter", "prompt_tuning", "--prompt_tuning_init", "SAMPLE_VOCAB")
+    assert result.exit_code == 0 and "prompt_tuning: 640 trained of" in result.output  # 20 tokens of width 32
+
+
 def test_sites_of_a_pattern(run: Callable, model: Path) -> None:
     shown = run("sites", model, "--target_modules", r".*\.1\..*q_proj", "--r", "2").output
     assert "lora: 128 trained of" in shown  # 2 x (32 + 32), in one layer
@@ -87,6 +104,19 @@ def test_sites_of_a_pattern(run: Callable, model: Path) -> None:
 def test_sites_reads_no_weights(run: Callable, model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     assert run("sites", tmp_path).exit_code == 0
+
+
+def test_data_check_decides_rows_as_train_does(run: Callable, model: Path, rows: Path, tmp_path: Path) -> None:
+    chosen = ["--val_size", "10", "--max_train_samples", "20", "--seed", "3", "--max_length", "100"]
+    shown = run("data", "check", rows, "--model", model, *chosen, "--show", "0").output
+    out = tmp_path / "out"
+    trained = run("train", rows, "--model", model, "--output_dir", out, "--max_steps", "1", "--dtype", "float32", *chosen)
+    assert trained.exit_code == 0, trained.output
+    for line in ("train: 20 rows read, ", "validation: 10 rows read, ", "not used: 10 rows behind max_train_samples"):
+        assert line in shown and line in trained.output
+    assert "validation rows that are training rows" in shown and "--- " not in shown
+    result = run("data", "check", rows, "--model", model, "--show", "-1")
+    assert result.exit_code == 2 and "show is -1; it must be at least 0" in result.stderr
 
 
 def test_train_ends_with_what_to_do_next(run: Callable, model: Path, rows: Path, tmp_path: Path) -> None:
@@ -114,7 +144,7 @@ def test_merge_then_chat_with_the_plain_model(run: Callable, adapter: Path, tmp_
 
 
 def test_chat_from_a_pipe(adapter: Path) -> None:
-    lines = "row 1\n\n/base\n/help\n/nonsense\n/reset\n/exit\nnever asked\n"
+    lines = "row 1\n\n/base\n/help\n/reset\n/exit\nnever asked\n"
     command = [
         sys.executable,
         "-c",
@@ -129,7 +159,13 @@ def test_chat_from_a_pipe(adapter: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()
     assert b"\x1b" not in done.stdout + done.stderr
-    assert b"forget the conversation" in done.stdout and b"no command /nonsense" in done.stderr
+    assert b"forget the conversation" in done.stdout and b"pip install" not in done.stderr
+
+
+def test_a_mistake_in_a_pipe_ends_the_chat(run: Callable, adapter: Path) -> None:
+    result = run("chat", adapter, "--max_new_tokens", "4", stdin="/rest\nrow 1\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: no command /rest. Did you mean '/reset'? All of them: /help\n"
 
 
 def test_a_base_that_moved_is_said_with_the_fix(run: Callable, adapter: Path, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def problem(args: list[str]) -> str:
         (["--rank_pattern", "{q_proj: 4}"], {"adapter_options": {"rank_pattern": {"q_proj": 4}}}),
         (["--layers_to_transform", "0,1"], {"adapter_options": {"layers_to_transform": [0, 1]}}),
         (["--r", "4", "--lora_alpha", "32"], {"adapter_options": {"r": 4, "lora_alpha": 32}}),
+        (["--init_lora_weights", "gaussian"], {"adapter_options": {"init_lora_weights": "gaussian"}}),
+        (["--init_lora_weights", "false"], {"adapter_options": {"init_lora_weights": False}}),
         (["--use_dora", "rows.jsonl"], {"adapter_options": {"use_dora": True}, "dataset": ["rows.jsonl"]}),
         (
             ["--adapter", "prefix_tuning", "--num_virtual_tokens", "8"],
@@ -201,6 +203,9 @@ bf16: auto
         ),
         (["--shuffle=maybe"], "--shuffle: shuffle: expected true or false, got 'maybe'"),
         (["--model"], "--model: needs a value, as in --model VALUE"),
+        (["-m"], "-m: unknown; options begin with two dashes, as in --model FOLDER"),
+        (["--lora_alpha", "x"], "--lora_alpha: lora_alpha: expected a number, got 'x'"),
+        (["--init_lora_weights"], "--init_lora_weights: needs a value, as in --init_lora_weights VALUE"),
         (["--seed", "1", "--seed", "2"], "--seed: given twice ('1', then '2'); keep one"),
         (
             ["--r", "4", "--lora_r", "8"],

@@ -37,9 +37,9 @@ def test_a_config_is_read_as_it_is_written(name: str, tmp_path: Path) -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("lora", {"r": 0}, "r=0"),
+    ("lora", {"r": 0}, "r=0: it must be at least 1"),
     ("lora", {"r": True}, "r=True"),
-    ("lora", {"lora_dropout": 1.5}, "lora_dropout=1.5"),
+    ("lora", {"lora_dropout": 1.5}, "lora_dropout=1.5: it lies between 0 and 1"),
     ("lora", {"bias": "some"}, "bias='some'"),
     ("lora", {"task_type": "CAUSAL"}, "Did you mean 'CAUSAL_LM'"),
     ("lora", {"lora_alpah": 3}, "Did you mean 'lora_alpha'"),

@@ -153,6 +153,14 @@ def test_answers_marked_as_bad_are_not_learnt(tmp_path: Path) -> None:
     assert data.ledger.lines()[1].strip().startswith("1 dropped: label is false")
 
 
+def test_rejected_answers_are_counted(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(3)]
+    data = run(write(tmp_path / "pairs.jsonl", *pairs))
+    assert answers(data.train) == ["good"] * 3 and data.ledger.train.rejected == 3
+    assert data.ledger.lines()[1] == "  3 rejected answers of preference rows are not learnt, only the chosen ones"
+    assert Ledger.from_dict(data.ledger.as_dict()) == data.ledger
+
+
 def test_problems_of_reading_and_of_rows_come_together(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", {"instruction": "a"}, "{broken", {"instruction": "a", "output": ""})
     with pytest.raises(BadRows) as error:

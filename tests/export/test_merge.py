@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,29 @@ def test_a_folder_in_use_is_refused(tuned: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         merged(tuned(), tmp_path)
+
+
+def test_what_cannot_be_written_is_known_before_a_model_is_loaded(
+    tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tuned()
+    monkeypatch.setattr(load, "load_model", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir .* cannot be written: a file is in the way\. Fix: "):
+        merged(adapter, tmp_path / "file" / "out")
+    with pytest.raises(ConfigError, match=r"'bfloat' is not one of auto, .*\. Did you mean 'bfloat16'\?"):
+        merged(adapter, tmp_path / "out", dtype="bfloat")
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_samples_may_hold_any_character(tuned: Any, tmp_path: Path) -> None:
+    """U+2028 ends a line for Python's `splitlines`, and not in a JSON line."""
+    adapter = Path(shutil.copytree(tuned(), tmp_path / "adapter"))
+    line = json.dumps({"prompt": "a\u2028b", "after": "c\u0085d"}, ensure_ascii=False)
+    (adapter / "samples.jsonl").write_text(line + "\n", encoding="utf-8")
+    report, _ = merged(adapter, tmp_path / "out")
+    assert report.difference.probes == 5
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "out").iterdir()} == {0o644}
 
 
 @NF4

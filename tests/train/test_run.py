@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,45 @@ def test_init_adapter_starts_from_its_weights(
     assert "from " + str(finished[0]) in said
 
 
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"adapter": "ia3"}, "adapter ia3 was asked for, and init_adapter .* holds lora"),
+        ({"adapter_options": {"r": 3}}, "was made with other options \\(r: 8 there, 3 asked\\); leave them out"),
+    ],
+)
+def test_another_adapter_than_the_one_to_start_from_is_refused(
+    model_folder: Path, rows: Path, finished: tuple[Path, str], tmp_path: Path, over: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ran(options(model_folder, rows, tmp_path / "out", init_adapter=str(finished[0]), **over))
+
+
+def test_an_adapter_of_another_method_is_told_by_its_name(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    first = options(model_folder, rows, tmp_path / "first", adapter="ia3", max_steps=1, val_size=0)
+    _, said = ran(first)
+    assert "adapter   ia3, new: trains " in said
+    _, said = ran(options(model_folder, rows, tmp_path / "next", init_adapter=first.output_dir, max_steps=1, val_size=0))
+    assert f"adapter   ia3, from {first.output_dir}: trains " in said
+
+
+def test_a_damaged_adapter_is_found_before_any_row_is_read(
+    model_folder: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished[0], tmp_path / "adapter"))
+    (folder / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ConfigError, match="damaged or cut off") as said:
+        run(options(model_folder, tmp_path / "no rows", tmp_path / "out", init_adapter=str(folder)))
+    assert "2 problems" in str(said.value)
+
+
+def test_a_constant_rate_has_no_warm_up(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    over: dict[str, Any] = dict(lr_scheduler_type="constant", warmup_ratio=0.5, max_steps=2, val_size=0)
+    _, said = ran(options(model_folder, rows, tmp_path, **over))
+    assert "2 steps, 0 of warm-up, constant from 0.01" in said
+    assert [line["learning_rate"] for line in lines(tmp_path / "metrics.jsonl")] == [0.01, 0.01]
+
+
 def test_an_earlier_run_is_kept_aside(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     ran(options(model_folder, rows, tmp_path, max_steps=1, val_size=0))
     first = (tmp_path / "adapter_model.safetensors").read_bytes()
@@ -201,7 +241,7 @@ def test_every_wrong_option_is_said_at_once(model_folder: Path, rows: Path, tmp_
 
 def test_a_folder_that_cannot_be_written(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir .* cannot be written"):
+    with pytest.raises(ConfigError, match=r"output_dir .* cannot be written: a file is in the way\. Fix: "):
         run(options(model_folder, rows, tmp_path / "file" / "out"))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.cli import screen
-from trimtab.errors import TrimtabError, nearest
+from trimtab.errors import ConfigError, TrimtabError, nearest
 
 if TYPE_CHECKING:
     from trimtab.serve.chat import Chat
@@ -69,7 +69,7 @@ def _turn(talk: Chat, line: str, *, strict: bool) -> None:
             talk.base(rest.strip(), _show)
             print(flush=True)
         elif line.startswith("/") and line[1:].isalpha():
-            screen.say(f"no command {line}.{nearest(line, _WORDS)} All of them: /help", stderr=True)
+            raise ConfigError(f"no command {line}.{nearest(line, _WORDS)} All of them: /help")
         else:
             talk.ask(line, _show)
             print(flush=True)

@@ -9,13 +9,15 @@ import typer
 from trimtab.cli import help, screen
 from trimtab.cli.settings import Extra, resolve
 from trimtab.cli.train import CONFIG, need, tell_notes, wants_help
+from trimtab.errors import ConfigError
 
 USAGE = "trimtab data check DATA... --model MODEL [OPTIONS]"
 ABOUT = """
 Read DATA as a run would, and show: the format that was found, every problem with its file and line, a ledger of
 what is kept and dropped, lengths, duplicates, and some rows with the tokens that carry loss in colour.
 """
-OPTIONS = ("dataset", "val_dataset", "model", "max_length", "overlong", "train_on", "trust_remote_code")
+DECIDING = ("val_size", "max_length", "overlong", "train_on", "max_train_samples", "seed")  # which rows, and how
+OPTIONS = ("dataset", "val_dataset", *DECIDING, "model", "trust_remote_code")
 EXTRAS = {"show": Extra(int, 3, "rows shown token by token")}
 
 
@@ -29,6 +31,8 @@ def check(ctx: typer.Context) -> None:
     settings = resolve(ctx.args, EXTRAS)
     options = settings.options
     need(options, "trimtab data check", "dataset", "model")
+    if settings.extras["show"] < 0:
+        raise ConfigError(f"show is {settings.extras['show']}; it must be at least 0")
     tell_notes(settings, out)
     from trimtab.data import Renderer
     from trimtab.data import check as check_rows
@@ -41,7 +45,5 @@ def check(ctx: typer.Context) -> None:
         val_sources=[Path(p) for p in options.val_dataset],
         show=settings.extras["show"],
         console=out,
-        max_length=options.max_length,
-        train_on=options.train_on,
-        overlong=options.overlong,
+        **{name: getattr(options, name) for name in DECIDING},
     )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -84,19 +84,19 @@ def _step(out: Console, number: int, text: str) -> None:
     out.print(Text.assemble("\n", (f"{number}. ", "bold cyan"), (text, "bold")))
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Lines end at "\\n" alone: a string may hold U+2028."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def _prompts(rows: list[dict[str, str]]) -> list[str]:
+def _prompts(rows: list[dict[str, Any]]) -> list[str]:
     """One prompt of each speaker first, so that the voices can be told apart."""
     first = {row["input"].partition("#")[0]: row["input"] for row in reversed(rows)}
     return list(first.values())[::-1][:ASKED]
 
 
 def _curve(metrics: Path, out: Console) -> str:
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [line["loss"] for line in _read(metrics) if "loss" in line]
     signs = BARS if "utf" in out.encoding.lower() else ".:-=+*#%"
     return f"{losses[0]:.2f} {sparkline(losses, signs)} {losses[-1]:.2f}"
 

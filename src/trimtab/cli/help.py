@@ -74,6 +74,8 @@ def metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
     kinds = {get_origin(h) or h for h in (get_args(hint) if is_union(hint) else (hint,))}
+    if bool in kinds:
+        return "true|false|TEXT"
     for kind, word in ((list, "A,B,..."), (float, "NUMBER"), (int, "N"), (dict, "{...}")):
         if kind in kinds:
             return word

@@ -15,7 +15,7 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="the adapter folder", show_default=False)],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="the merged model's folder", show_default=False)],
     model: Annotated[str | None, typer.Option("--model", help="the base, if it is not where the adapter says")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (the base's own), bfloat16, float16 or float32")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as the run computed), bfloat16, float16 or float32")] = "auto",
 ) -> None:
     """Make adapter and base one plain model; the two are compared on probe prompts."""
     from trimtab.export.merge import merge as merged

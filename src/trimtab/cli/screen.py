@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -44,6 +45,7 @@ def quiet() -> Iterator[None]:
     """Libraries are silent, `TrimtabWarning`s are one `note:` line each; the user's own settings win."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that nothing here needs
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")

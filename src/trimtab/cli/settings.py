@@ -6,6 +6,7 @@ Names come from `TrainOptions` and from the chosen adapter's config class; nothi
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,8 @@ class _Reader:
                 words += rest
                 break
             if not arg.startswith("--"):
+                if re.match(r"-[A-Za-z]", arg):  # else its value would be taken for a data file
+                    self.problems.append(f"{arg}: unknown; options begin with two dashes, as in --model FOLDER")
                 words.append(arg)
                 continue
             flag, equals, value = arg.partition("=")

@@ -77,7 +77,7 @@ def summary(options: TrainOptions, given: dict[str, str]) -> list[tuple[str, str
     own = ", ".join(f"{k} {_short(v)}" for k, v in options.adapter_options.items())
     lines = [
         ("model", f"{options.model}{', in 4 bit' * options.load_in_4bit}"),
-        ("adapter", f"{options.adapter}: {own or 'its defaults'}"),
+        ("adapter", f"that of {start}" if (start := options.init_adapter) else f"{options.adapter}: {own or 'its defaults'}"),
         ("output", options.output_dir),
     ]
     told = {"model", "load_in_4bit", "dataset", "adapter", "output_dir", "adapter_options"}

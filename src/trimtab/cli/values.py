@@ -22,15 +22,16 @@ def is_union(hint: Any) -> bool:
 
 
 def is_bool(hint: Any) -> bool:
-    """Can a flag of this type stand without a value?"""
-    return hint is bool or (is_union(hint) and bool in get_args(hint))
+    """Can a flag of this type stand without a value? Not where a word is a value too: `init_lora_weights gaussian`."""
+    return hint is bool or (is_union(hint) and bool in get_args(hint) and str not in get_args(hint))
 
 
 def describe(hint: Any) -> str:
     """The type in a reader's words: `a whole number`, `one of drop, error`."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin in _UNIONS:
-        return " or ".join(dict.fromkeys(describe(a) for a in sorted(args, key=_rank) if a is not types.NoneType))
+        kinds = [a for a in args if a is not types.NoneType and not (a is int and float in args)]
+        return " or ".join(dict.fromkeys(describe(a) for a in sorted(kinds, key=_rank)))
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}

@@ -122,7 +122,8 @@ def one_of(name: str, value: Any, allowed: list[Any]) -> Any:
 
 def in_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{name}={value!r}: it lies between {low} and {high}")
+        bounds = f"must be at least {low}" if high == float("inf") else f"lies between {low} and {high}"
+        raise ConfigError(f"{name}={value!r}: it {bounds}")
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from trimtab.errors import ConfigError
+
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a temporary neighbour of `path`, then put it in place in one step."""
@@ -26,3 +28,19 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def try_folder(path: Path, option: str) -> None:
+    """Try what will be done: make the folder and a file in it; then take both away again. Raises `ConfigError`."""
+    made = [f for f in (path, *path.parents) if not f.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        why = "a file is in the way" if in_the_way else error.strerror or str(error)
+        raise ConfigError(f"{option} {str(path)!r} cannot be written: {why}. Fix: choose another folder") from error
+    finally:
+        for place in made:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()

@@ -29,6 +29,7 @@ class Split:
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
+    rejected: int = 0  # rejected answers of preference rows: read, and not learnt
     dropped: dict[str, Dropped] = field(default_factory=dict)
 
     def drop(self, reason: str, source: str, line: int) -> None:
@@ -88,6 +89,8 @@ def _split_lines(name: str, split: Split) -> list[str]:
     counts += [f"{dropped:,} dropped"] if dropped else []
     share = f" ({100 * split.supervised_tokens / split.tokens:.0f} %)" if split.tokens else ""
     lines = [f"{name}: {', '.join(counts)}; {split.tokens:,} tokens, {split.supervised_tokens:,} supervised{share}"]
+    if split.rejected:
+        lines.append(f"  {split.rejected:,} rejected answers of preference rows are not learnt, only the chosen ones")
     for reason, d in split.dropped.items():
         lines.append(f"  {d.rows:,} dropped: {reason}: {places(d.places, d.rows)}")
     return lines

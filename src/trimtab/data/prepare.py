@@ -161,6 +161,7 @@ def _examples(
             split.drop(_NOT_LEARNT, example.source, example.line)
         kept[part], parts[part] = [i for i, _ in pairs], [e for _, e in pairs]
         split.keep(parts[part])
+        split.rejected = sum(rows[part][i].rejected is not None for i in kept[part])
         problems.raise_any()
         if len(empty) > UNSUPERVISED_SHARE * (len(empty) + len(pairs)):
             raise DataError(_teaches_nothing(part, empty, len(empty) + len(pairs), renderer, options))

@@ -19,14 +19,15 @@ from torch import nn
 
 from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
-from trimtab.core.files import write_text
+from trimtab.core.files import try_folder, write_text
 from trimtab.data import Renderer
-from trimtab.errors import ConfigError, NotMergeable
+from trimtab.errors import ConfigError, NotMergeable, nearest
 from trimtab.export.probes import KERNEL, TOLERANCE, Difference, compare, logits, probes
 from trimtab.model import PeftModel
 from trimtab.train import load
 
 REPORT = "merge_report.json"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ def merge(
     adapter, out, console = Path(adapter_dir).expanduser(), Path(output_dir).expanduser(), console or Console()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output_dir {str(out)!r} exists and is not empty: choose a new folder")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
+    try_folder(out, "output_dir")
     source = find_source(adapter, model)
     target = source.dtype if dtype == "auto" else getattr(torch, dtype)
     tokenizer = load.load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else source.base)
@@ -136,6 +140,8 @@ def _write(adapter: Path, source: Source, target: torch.dtype, tokenizer: Any, f
     merged = model.merge_and_unload().to(target)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors lets nobody else read what it writes
 
 
 def _bounded(report: MergeReport, console: Console) -> None:

@@ -48,7 +48,9 @@ def probes(adapter_dir: Path, renderer: Renderer) -> list[list[int]]:
     talks = [[{"role": "user", "content": text}] for text in QUESTIONS]
     ids = [renderer.prompt_ids(talk) for talk in talks]
     path = adapter_dir / "samples.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        if not line:
+            continue
         sample = json.loads(line)
         head = renderer.prompt_ids([{"role": "user", "content": sample["prompt"]}])
         ids.append(head + renderer.tokenizer(sample["after"], add_special_tokens=False)["input_ids"])

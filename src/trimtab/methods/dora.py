@@ -24,9 +24,9 @@ class DoRA(Adapter):
         self.lora_magnitude_vector = Factor(
             *([1] if site.kind == "conv" else []), site.shape[0], *[1] * (len(site.shape) - 2)
         )
-        self.lora_magnitude_vector.weight.data.copy_(
-            self._norm(site.base.weight().detach().float().cpu()).view_as(self.m)
-        )
+        w = site.base.weight().detach()
+        if not w.is_meta:  # a model that is a shape without weights: `trimtab sites`
+            self.lora_magnitude_vector.weight.data.copy_(self._norm(w.float().cpu()).view_as(self.m))
         self.names = {f"lora.{own}": name for own, name in self.lora.names.items()}
         self.names |= {"lora.": "", "lora_magnitude_vector.weight": "lora_magnitude_vector"}
 

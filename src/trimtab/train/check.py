@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from trimtab.core.config import PeftConfig, config_for
+from trimtab import store
+from trimtab.core.config import PeftConfig, config_class, config_for, method_of
+from trimtab.core.files import try_folder
 from trimtab.errors import ConfigError, TrimtabError, nearest
 from trimtab.train import batches, checkpoint, load
 from trimtab.train.options import TrainOptions
@@ -40,7 +41,7 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-ABOVE_ZERO = ("learning_rate", "num_train_epochs")
+ABOVE_ZERO = {"learning_rate": "2e-4 suits most adapters", "num_train_epochs": "1 is one pass over the rows"}
 
 
 def check(options: TrainOptions) -> None:
@@ -74,10 +75,10 @@ def _numbers(o: TrainOptions) -> Iterator[str]:
         value = getattr(o, name)
         if value is not None and not (math.isfinite(value) and value >= low):
             yield f"{name} is {value}; it must be at least {low}"
-    for name in ABOVE_ZERO:
+    for name, usual in ABOVE_ZERO.items():
         value = getattr(o, name)
         if not (math.isfinite(value) and value > 0):
-            yield f"{name} is {value}; it must be above 0"
+            yield f"{name} is {value}; it must be above 0 ({usual})"
     if not 0 <= o.warmup_ratio < 1:
         yield f"warmup_ratio is {o.warmup_ratio}; it is a share of the steps: at least 0, below 1"
     if o.max_steps != -1 and o.max_steps < 1:
@@ -126,7 +127,14 @@ def _adapter(o: TrainOptions) -> None:
     if o.init_adapter is None:
         config_for(o.adapter, **adapter_options(o))
         return
-    known: Any = PeftConfig.from_pretrained(Path(o.init_adapter).expanduser())
+    folder = store.folder(o.init_adapter)
+    known: Any = PeftConfig.from_pretrained(folder)
+    method = method_of(known).name
+    if o.adapter not in (method, TrainOptions.adapter):
+        raise ConfigError(
+            f"adapter {o.adapter} was asked for, and init_adapter {o.init_adapter} holds {method}: leave one of them out"
+        )
+    store.read(folder)  # a damaged file is found before the model is loaded
     there = {name: getattr(known, name, None) for name in o.adapter_options}
     changed = [f"{k}: {there[k]!r} there, {v!r} asked" for k, v in o.adapter_options.items() if there[k] != v]
     if changed:
@@ -137,25 +145,13 @@ def _adapter(o: TrainOptions) -> None:
 
 def adapter_options(o: TrainOptions) -> dict[str, Any]:
     """What the adapter's config is made of: ours where they are LoRA's and not said, then the user's."""
-    ours = (
-        {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"} if o.adapter == "lora" else {}
-    )
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    ours = lora if config_class(o.adapter).peft_type == "LORA" else {}  # its variants are asked for by name, or by a switch
     return {"task_type": "CAUSAL_LM"} | ours | o.adapter_options
 
 
 def _output(o: TrainOptions) -> None:
-    """Try what will be done: make the folder and a file in it; then take both away again."""
-    folder = Path(o.output_dir).expanduser()
-    made = [f for f in (folder, *folder.parents) if not f.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(f"output_dir {o.output_dir!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        for place in made:
-            if place.is_dir() and not any(place.iterdir()):
-                place.rmdir()
+    try_folder(Path(o.output_dir).expanduser(), "output_dir")
 
 
 def _start(o: TrainOptions) -> None:

@@ -138,12 +138,3 @@ def _consent(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward. Non-reentrant: a frozen embedding does not cut the graph."""
-    settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2 renamed it
-        model.activation_checkpointing_enable(settings)
-    else:
-        model.gradient_checkpointing_enable(settings)

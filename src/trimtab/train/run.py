@@ -16,7 +16,7 @@ from trimtab.core.config import config_for, method_of
 from trimtab.data import Prepared, Renderer, prepare
 from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
-from trimtab.model import PeftModel, get_peft_model
+from trimtab.model import PeftModel, checkpoint_activations, get_peft_model
 from trimtab.train import batches, checkpoint, load, picture, samples
 from trimtab.train.audits import trainable
 from trimtab.train.callbacks import MetricsFile, ProgressBar, clock, read_metrics
@@ -108,7 +108,7 @@ def _model(o: TrainOptions, folder: Path, hardware: Hardware) -> PeftModel:
     given = Path(o.model).expanduser()
     base.name_or_path = base.config._name_or_path = str(given.resolve()) if given.exists() else o.model
     if o.gradient_checkpointing:
-        load.checkpoint_activations(base)
+        checkpoint_activations(base)
     if o.init_adapter is not None:
         return PeftModel.from_pretrained(base, str(Path(o.init_adapter).expanduser()), is_trainable=True)
     return get_peft_model(base, config_for(o.adapter, **adapter_options(o)))
@@ -120,9 +120,8 @@ def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
     source = f"from {o.init_adapter}" if o.init_adapter else "new"
     share = f"{100 * trained / every:.2f} %"
-    say.line(
-        "adapter", f"{o.adapter}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}"
-    )
+    name = method_of(model.peft_config["default"]).name
+    say.line("adapter", f"{name}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}")
 
 
 class _Job:
@@ -200,7 +199,7 @@ class _Job:
         micro = share if self.packing else batches.micro_size(o.batch_size, o.micro_batch_size)
         accumulate = share // micro
         steps = self._steps()
-        warmup = int(o.warmup_ratio * steps)
+        warmup = 0 if o.lr_scheduler_type == "constant" else int(o.warmup_ratio * steps)  # it takes none
         split = "" if self.packing else f" ({micro} at a time)"
         length = f"{len(self.data.train):,} rows, {o.batch_size} a step{split}: {steps:,} steps"
         self.say.line("steps", f"{length}, {warmup} of warm-up, {o.lr_scheduler_type} from {o.learning_rate:g}")

@@ -54,7 +54,10 @@ class PromptTuning(Prompt):
         rows, draw = len(self.embedding.weight), seeded("prompt_embeddings")
         if cfg.prompt_tuning_init == "RANDOM":
             return torch.randn(self.embedding.weight.shape, generator=draw)
-        words = model.get_input_embeddings().weight.detach().float().cpu()
+        words = model.get_input_embeddings().weight.detach()
+        if words.is_meta:  # a model that is a shape without weights
+            return self.embedding.weight
+        words = words.float().cpu()
         if cfg.prompt_tuning_init == "TEXT":
             from transformers import AutoTokenizer
 
