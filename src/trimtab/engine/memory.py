@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 SHARE = 0.9  # of what is there
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _STATM = Path("/proc/self/statm")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -61,6 +64,23 @@ def _granted() -> int:
     except OSError:
         return 0
     return int(text) if text.isdigit() else 0
+
+
+def keep_freed() -> None:
+    """Let this process keep freed memory for its next tensors, where the C library is glibc.
+
+    By default the large tensors of each step are handed back to the system and come anew, page by page: on a CPU that costs
+    a training step 5 to 10 %. The process then never shrinks before it ends, so this is for programs that train, not for a
+    library to do when it is imported.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another C library
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def token_bytes(config: Any, itemsize: int) -> int:

@@ -16,6 +16,7 @@ from trimtab.core.config import config_for, method_of
 from trimtab.data import Prepared, Renderer, prepare
 from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
+from trimtab.engine.memory import keep_freed
 from trimtab.model import PeftModel, checkpoint_activations, get_peft_model
 from trimtab.train import batches, checkpoint, load, picture, samples
 from trimtab.train.audits import trainable
@@ -47,6 +48,8 @@ def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
     console = (console or Console()) if batches.rank() == 0 else Console(quiet=True)
     check(options)
     hardware = pick(options.dtype)
+    if hardware.device.type == "cpu":
+        keep_freed()
     say = _Teller(console)
     say.line("compute", hardware.why)
     if slow := busy():
