@@ -184,6 +184,7 @@ bf16: auto
         "batch_size": 8,
         "micro_batch_size": 2,
         "num_train_epochs": 3.0,
+        "optim": "adamw_torch",
         "adapter_options": {"r": 32, "target_modules": "all-linear"},
     }
 

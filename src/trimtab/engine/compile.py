@@ -14,8 +14,8 @@ from torch import nn
 from trimtab.errors import ConfigError
 
 Choice = Literal["auto", "on", "off"]
-# what a run must compute before compiling for half a minute to a minute is won back: about ten minutes, in operations
-WORTH = {"cpu": 2e14, "cuda": 5e16}
+# what a run must compute before the half minute of compiling is won back: some five minutes, in operations
+WORTH = {"cpu": 8e13, "cuda": 3e16}
 
 
 class Compiled:
