@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -30,7 +31,7 @@ check: $(STAMP)-test
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_budgets.py
 
 bench: $(STAMP)-bench
-	@if [ -f bench/run.py ]; then $(BIN)/python bench/run.py; else echo "no benchmark yet: bench/run.py is missing"; fi
+	$(BIN)/python bench/run.py $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist demo-out .pytest_cache .ruff_cache

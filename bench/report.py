@@ -109,7 +109,8 @@ def _about(header: Cell, commands: list[str], cells: list[Cell]) -> list[str]:
     peaks = [cell["matmul_peak"] / 1e12 for cell in cells if cell.get("matmul_peak")]
     busy = [cell["others_cores"] for cell in cells if cell.get("others_cores") is not None]
     found = [
-        f"- {header['started']}, " + ", ".join(f"`{command}`" for command in commands),
+        f"- begun {header['started']}",
+        *(f"- `{command}`" for command in commands),
         f"- {card}{machine['cpu']}, {machine['cores']} cores, bf16 units: {machine['bf16']}{memory}; {machine['system']}",
         f"- {versions}; trimtab's sources {header['code']}",
         f"- {settings['model']}, LoRA r=8 on all linear layers, bfloat16, {settings['batch_size']} examples a step, "

@@ -30,6 +30,7 @@ from works import DEFAULT, WORKS, Rows, Work
 BENCH = Path(__file__).resolve().parent
 BESIDE = BENCH.parents[1] / "shared"
 LOSSES = "losses.jsonl"
+FOLDERS = {"--model", "--data", "--peers", "--output_dir", "--out"}
 
 
 def options(about: str) -> argparse.ArgumentParser:
@@ -126,10 +127,17 @@ class Bench:
         return found | {"code": machine.code(), "card": card}
 
 
-def command_line() -> str:
+def command_line(words: list[str]) -> str:
     """As it was typed, without the folders of whoever typed it."""
-    shown = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *shown])
+    shown, i = ["python bench/run.py"], 0
+    while i < len(words):
+        name, is_, _ = words[i].partition("=")
+        if name in FOLDERS:
+            i += 1 if is_ else 2
+        else:
+            shown.append(words[i])
+            i += 1
+    return " ".join(shown)
 
 
 def main() -> int:
@@ -149,7 +157,7 @@ def main() -> int:
             print(f"error: {error}")
             return 1
         peak = contenders.matmul_peak(bench.model, a.threads, bench.folder / "peak")
-        if said := results.open(bench.header(peak["card"]), command_line(), fresh=a.fresh):
+        if said := results.open(bench.header(peak["card"]), command_line(sys.argv[1:]), fresh=a.fresh):
             print(said)
         adapter = bench.adapter()
         for work in bench.works:

@@ -10,6 +10,7 @@ import pytest
 from flops import share_of_peak, sizes
 from losses import compare
 from report import entries, lagging, picture, spread, table
+from run import command_line
 
 HEADER: dict[str, Any] = {
     "started": "2026-01-02 03:04",
@@ -64,13 +65,18 @@ def test_ratios_are_taken_inside_a_round() -> None:
 def test_the_table_says_where_and_how_it_was_measured() -> None:
     text = table(HEADER, ["python bench/run.py --works short"], [c | {"others_cores": 0.1} for c in CELLS], [])
     for part in (
-        "2026-01-02 03:04, `python bench/run.py --works short`",
+        "begun 2026-01-02 03:04\n- `python bench/run.py --works short`\n",
         "Some CPU, 2 cores, bf16 units: AMX, 16 GB",
         "torch 2.0; trimtab's sources abc",
         "Small, LoRA r=8 on all linear layers, bfloat16, 16 examples a step, learning rate 0.001, 2 threads",
         "other programs used meanwhile: 0.10 (0.10 - 0.10)",
     ):
         assert part in text
+
+
+def test_the_command_is_shown_without_folders() -> None:
+    typed = "--works short --data /home/me/rows --out=/home/me/table.md --repeats 1 --model m --fresh".split()
+    assert command_line(typed) == "python bench/run.py --works short --repeats 1 --fresh"
 
 
 def test_a_contender_that_failed_is_in_the_table_and_not_run_again() -> None:
