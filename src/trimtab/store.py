@@ -169,8 +169,8 @@ def _message(group: Group, own: Mapping[str, Tensor], report: LoadReport, source
         f"{source or 'these tensors'} do not fit adapter {group.name!r} on this model; nothing was loaded.\n  "
         + "\n  ".join(report.problems())
         + (f"\n  nearest key of this model: {near[0]}" if near else "")
-        + (f"\n  the adapter was made for {base!r}" if base else "")
-        + "\n  strict=False loads what fits and returns a report"
+        + f"\n  Fix: take the model that it was made for{f', {base!r}' if base else ''}; in Python, strict=False loads what "
+        + "fits and returns a report"
     )
 
 

@@ -62,6 +62,20 @@ def unknown_role(p: Place) -> list[str]:
     return p.train(p.write("rows.jsonl", {"messages": turns}))
 
 
+def byte_order_mark(p: Place) -> list[str]:
+    (p.path / "rows.jsonl").write_bytes(("\ufeff" + json.dumps(ROW) + "\n").encode("utf-16-le"))
+    return p.train(p.path / "rows.jsonl")
+
+
+def byte_order_mark_of_utf_8(p: Place) -> list[str]:
+    """No problem in itself: see below. What is wrong behind it has its place."""
+    return p.train(p.write("rows.jsonl", "\ufeff" + json.dumps({"input": "x", "output": ""}), ROW))
+
+
+def carriage_returns(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW, '{"input": "x", "output": "y"', ROW, end="\r\n"))
+
+
 def a_directory(p: Place) -> list[str]:
     (p.path / "rows").mkdir()
     return p.train(p.path / "rows")
@@ -115,6 +129,12 @@ def truncated(p: Place) -> list[str]:
     return ["merge", str(file.parent), "--output_dir", str(p.path / "out")]
 
 
+def truncated_start(p: Place) -> list[str]:
+    file = p.broken_adapter() / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return p.train(p.write("rows.jsonl", ROW), "--init_adapter", str(file.parent))
+
+
 def a_pickle(p: Place) -> list[str]:
     folder = p.broken_adapter()
     (folder / "adapter_model.safetensors").unlink()
@@ -139,27 +159,37 @@ def no_adapter_there(p: Place) -> list[str]:
     return ["chat", str(p.path / "nothing")]
 
 
+def missing_rows(p: Place) -> list[str]:
+    p.write("rows.json", ROW)
+    return p.train(p.path / "rows.jsonl")
+
+
 CASES: list[tuple[Case, list[str]]] = [
     (bad_json, ["rows.jsonl:7", "JSON"]),
     (missing_field, ["rows.jsonl:2", "output"]),
     (empty_answer, ["rows.jsonl:2", "output", "empty"]),
     (only_overlong, ["max_length", "rows.jsonl:1", "keeps the shortest row"]),
     (unknown_role, ["rows.jsonl:1", "narrator"]),
-    (a_directory, ["rows"]),
-    (binary, ["rows.jsonl"]),
+    (byte_order_mark, ["rows.jsonl", "UTF-16", "save it as UTF-8"]),
+    (byte_order_mark_of_utf_8, ["rows.jsonl:1", "output", "empty"]),
+    (carriage_returns, ["rows.jsonl:2", "JSON"]),
+    (a_directory, ["rows", "holds no .jsonl", "name the folder of the files"]),
+    (binary, ["rows.jsonl", "binary file", "UTF-8"]),
     (empty_file, ["rows.jsonl", "no rows", "written completely"]),
-    (two_formats, ["rows.jsonl:2"]),
+    (two_formats, ["rows.jsonl:2", "line 1 is alpaca, line 2 is messages", "split the file"]),
     (misspelt_option, ["--lerning_rate", "Did you mean 'learning_rate'?"]),
     (misspelt_in_yaml, ["run.yaml:2", "Did you mean 'max_length'?"]),
     (wrong_target, ["q_prj", "Did you mean 'q_proj'?", "trimtab sites"]),
     (missing_model, ["tiny-lama", "tiny-llama"]),
-    (other_model, ["adapter", "gate_proj"]),
-    (truncated, ["adapter_model.safetensors", "damaged"]),
+    (other_model, ["adapter", "gate_proj", "Fix: take the model that it was made for"]),
+    (truncated, ["adapter_model.safetensors", "damaged", "copy it again"]),
+    (truncated_start, ["adapter_model.safetensors", "damaged", "copy it again"]),
     (a_pickle, ["adapter_model.bin", "pickle", "safetensors"]),
-    (unwritable, ["output_dir", "out"]),
-    (negative_rate, ["learning_rate", "above 0"]),
+    (unwritable, ["output_dir", "out", "a file is in the way", "choose another folder"]),
+    (negative_rate, ["learning_rate is -0.0001", "above 0", "2e-4"]),
     (unknown_adapter, ["lorra", "Did you mean 'lora'?"]),
-    (no_adapter_there, ["nothing"]),
+    (no_adapter_there, ["nothing", "no adapter folder"]),
+    (missing_rows, ["rows.jsonl", "no such file", "near it: rows.json", "check the path"]),
 ]
 
 

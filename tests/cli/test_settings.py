@@ -137,6 +137,9 @@ def test_flags_win_over_yaml(tmp_path: Path) -> None:
             "warmup_steps 10 -> warmup_ratio 0.1",
         ),
         (["--report_to", "none"], {}, "report_to none -> report_to "),
+        (["--template", "chatml"], {"chat_template": "chatml"}, "template chatml -> chat_template chatml"),
+        (["--template", "llama3"], {}, "template llama3 -> nothing to change here"),
+        (["--chat_template=tokenizer_default"], {}, "chat_template tokenizer_default -> nothing to change here"),
         (["--resume", "auto"], {"resume_from_checkpoint": "last"}, "resume auto -> resume_from_checkpoint last"),
     ],
 )
@@ -186,6 +189,62 @@ bf16: auto
         "num_train_epochs": 3.0,
         "optim": "adamw_torch",
         "adapter_options": {"r": 32, "target_modules": "all-linear"},
+    }
+
+
+def test_a_llama_factory_file(tmp_path: Path) -> None:
+    text = """\
+### model
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+trust_remote_code: true
+### method
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+### dataset
+dataset: rows.jsonl
+template: llama3
+cutoff_len: 2048
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+### output
+output_dir: saves/llama3-8b/lora/sft
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none
+### train
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+"""
+    assert asked(resolve(["--config", yaml(tmp_path, text)])) == {
+        "model": "meta-llama/Meta-Llama-3-8B-Instruct",
+        "trust_remote_code": True,
+        "dataset": ["rows.jsonl"],
+        "max_train_samples": 1000,
+        "output_dir": "saves/llama3-8b/lora/sft",
+        "logging_steps": 10,
+        "save_steps": 500,
+        "batch_size": 8,
+        "micro_batch_size": 1,
+        "learning_rate": 1e-4,
+        "num_train_epochs": 3.0,
+        "warmup_ratio": 0.1,
+        "dtype": "bfloat16",
+        "adapter_options": {"r": 8, "target_modules": "all-linear"},
     }
 
 

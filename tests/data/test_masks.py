@@ -227,6 +227,8 @@ def test_raw_text_is_learnt_whole_and_ends() -> None:
 def test_unknown_options() -> None:
     with pytest.raises(ConfigError, match="neither Jinja"):
         Renderer(tiny.tokenizer(), chat_template="chatmll")
+    with pytest.raises(ConfigError, match=r"there is no file 'nowhere\.jinja'"):
+        Renderer(tiny.tokenizer(), chat_template="nowhere.jinja")
     with pytest.raises(ConfigError, match="train_on"):
         Renderer(tiny.tokenizer()).examples([], "assistants", Problems())  # type: ignore[arg-type]
 
@@ -328,3 +330,9 @@ def test_our_own_layout_opens_as_the_tokenizer_opens_any_text() -> None:
     assert example.input_ids[0] == tok.bos_token_id and example.input_ids.count(tok.bos_token_id) == 1
     prompt = renderer.prompt_ids([{"role": "user", "content": "yes"}])
     assert example.input_ids[: len(prompt)] == prompt
+    tok.chat_template = renderer.chat_template  # as an adapter folder keeps it
+    again = Renderer(tok)
+    assert again.prompt_ids([{"role": "user", "content": "yes"}]) == prompt
+    assert again.example(talk("yes", "no")).input_ids == example.input_ids
+    raw = renderer.example(Conversation([], None, "r", 1, text="yes"))
+    assert raw.input_ids[0] == tok.bos_token_id and raw.input_ids.count(tok.bos_token_id) == 1

@@ -17,7 +17,7 @@ Read DATA as a run would, and show: the format that was found, every problem wit
 what is kept and dropped, lengths, duplicates, and some rows with the tokens that carry loss in colour.
 """
 DECIDING = ("val_size", "max_length", "overlong", "train_on", "max_train_samples", "seed")  # which rows, and how
-OPTIONS = ("dataset", "val_dataset", *DECIDING, "model", "trust_remote_code")
+OPTIONS = ("dataset", "val_dataset", *DECIDING, "chat_template", "model", "trust_remote_code")
 EXTRAS = {"show": Extra(int, 3, "rows shown token by token")}
 
 
@@ -41,7 +41,7 @@ def check(ctx: typer.Context) -> None:
     tokenizer = load_tokenizer(model_folder(options.model), trust_remote_code=options.trust_remote_code)
     check_rows(
         [Path(p) for p in options.dataset],
-        Renderer(tokenizer),
+        Renderer(tokenizer, chat_template=options.chat_template),
         val_sources=[Path(p) for p in options.val_dataset],
         show=settings.extras["show"],
         console=out,

@@ -31,6 +31,7 @@ RENAMED = _names(
     output_dir="output out_dir save_dir save_path adapter_path",
     max_length="cutoff_len sequence_len max_seq_length max_seq_len model_max_length max_input_length",
     max_train_samples="max_samples num_train_samples",
+    chat_template="chat_template_path chat_template_jinja",
     num_train_epochs="epochs num_epochs",
     max_steps="iters max_iters max_train_steps num_steps",
     batch_size="global_batch_size effective_batch_size total_batch_size",
@@ -124,6 +125,7 @@ REWRITTEN: dict[str, Callable[[Any], Options]] = {
     "quantization_bit": _bits,
     "quant_bits": _bits,
     "quantize": _quantize,
+    "template": lambda v: {"chat_template": v} if v in ("chatml", "chatglm") else {},  # others: as the tokenizer has it
     "lora_target_linear": lambda v: {"target_modules": "all-linear"} if _yes(v) else {},
     "disable_gradient_checkpointing": lambda v: {"gradient_checkpointing": not _yes(v)},
     "stage": _only("sft", instead="only supervised fine-tuning is here yet"),
@@ -138,6 +140,11 @@ REWRITTEN: dict[str, Callable[[Any], Options]] = {
     "per_device_eval_batch_size": _anything,
     "eval_batch_size": _anything,
     "overwrite_cache": _anything,
+    "overwrite_output_dir": _anything,  # an earlier run is kept aside
+    "save_only_model": _only("false", "no", instead="checkpoints are complete"),
+    "pad_to_sequence_len": _anything,
+    "flash_attention": _anything,
+    "ddp_timeout": _anything,
     "preprocessing_num_workers": _anything,
     "dataloader_num_workers": _anything,
     "plot_loss": _only(*TRUE, instead="the loss picture is always drawn"),
@@ -151,7 +158,7 @@ KNOWN = {*RENAMED, *REWRITTEN, *BATCH, "warmup_steps"}
 SWITCHES = set(
     "train_on_inputs train_on_prompt mask_prompt assistant_only_loss completion_only_loss train_on_completions"
     " bf16 fp16 fp32 load_in_8bit lora_target_linear disable_gradient_checkpointing do_train train use_peft"
-    " sample_packing group_by_length overwrite_cache plot_loss".split()
+    " sample_packing group_by_length overwrite_cache overwrite_output_dir flash_attention plot_loss".split()
 )
 
 
@@ -174,6 +181,8 @@ def _adjusted(key: str, value: Any) -> Options:
         return {"target_modules": "all-linear"}
     if key in ("dataset", "val_dataset") and isinstance(value, list):
         return {key: [_path_of(v) for v in value]}
+    if key == "chat_template" and word in ("tokenizer_default", "default", "none"):
+        return {}
     if key == "report_to" and word in ("none", "[none]", "['none']"):
         return {"report_to": []}
     if key == "resume_from_checkpoint" and word in {*TRUE, *FALSE, "auto", "latest"}:

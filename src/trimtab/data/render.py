@@ -31,7 +31,7 @@ class Renderer:
     and kept in `notices`.
 
     Opening tokens: a template writes all of them (as in `tokenizer.apply_chat_template` and every serving engine), so
-    nothing is added to its text; our own layouts and raw text are opened as the tokenizer opens any text.
+    nothing is added to its text; our own layouts write what the tokenizer opens any text with. Raw text gets it, too.
     Closing token: the added token that the template writes behind an answer (`end_of_turn`). Where it writes none, the
     eos token is put behind the last answer of an example, since a model must learn to stop.
     """
@@ -41,6 +41,7 @@ class Renderer:
         self.notices: list[str] = []
         self.chat_template, self._own = self._choose(chat_template)
         self._encoder = Encoder(tokenizer)
+        self._open()
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self._layout = Layout(self._render, sorted({*added, *tokenizer.all_special_tokens}))
         self._tools_ignored: dict[str, bool] = {}
@@ -127,11 +128,13 @@ class Renderer:
         """The template to use (None: the tokenizer's own), and whether it is one of ours."""
         tokenizer = self.tokenizer
         if isinstance(given, Path) or (given and given.endswith(".jinja")):
+            if not Path(given).is_file():
+                raise ConfigError(f"chat_template: there is no file {str(given)!r}")
             return Path(given).read_text(encoding="utf-8"), False
         if given and given not in BUILT_IN:
             if "{" not in given:
                 raise ConfigError(f"chat_template: {given!r} is neither Jinja text, a .jinja file, nor one of "
-                                f"{', '.join(BUILT_IN)}")
+                                  f"{', '.join(BUILT_IN)}. Left out, it is the tokenizer's own")
             return given, False
         if given is None and tokenizer.chat_template:
             return None, False
@@ -144,6 +147,13 @@ class Renderer:
             name = "ChatGLM's <|system|> <|user|> <|assistant|>" if chatglm else f"ChatML, closed by {end}"
             self.notice(f"the tokenizer has no chat template; {name} is used")
         return (CHATGLM if chatglm else close_with(CHATML, end)), True
+
+    def _open(self) -> None:
+        """Let a layout of ours write the opening tokens itself: saved with an adapter, it is then read as in training."""
+        prefix = self._encoder.prefix
+        opening = self._encoder.decode(prefix) if self._own and prefix else ""
+        if opening and self._encoder.ids(opening) == prefix:
+            self.chat_template, self._own = f"{{{{- {json.dumps(opening)} }}}}{self.chat_template}", False
 
     def notice(self, line: str) -> None:
         """Say one line once, and keep it."""
@@ -188,7 +198,7 @@ class Renderer:
             except TemplateRefused:
                 self._tools_ignored[key] = False
         if self._tools_ignored[key]:
-            self.notice("the chat template ignores the tools of the rows; chat_template: chatml shows them")
+            self.notice("the chat template ignores the tools of the rows; --chat_template chatml shows them")
 
     def _has_seam(self) -> bool:
         """Whether text in one go is cut differently, before an answer, from the prompt alone that generation sees."""
@@ -216,5 +226,5 @@ def _example(conversation: Conversation, found: Encoded | str, problems: Problem
 
 
 def _refused(conversation: Conversation, cause: str) -> Problem:
-    fix = "change the row, or pass another chat_template (chatml)"
+    fix = "change the row, or choose another chat_template (--chat_template chatml)"
     return Problem(conversation.source, conversation.line, "", cause, fix, re.sub(r"\d+", "N", cause)[:110])

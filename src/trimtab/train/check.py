@@ -11,6 +11,8 @@ from typing import Any, get_args, get_type_hints
 from trimtab import store
 from trimtab.core.config import PeftConfig, config_class, config_for, method_of
 from trimtab.core.files import try_folder
+from trimtab.data import Problems
+from trimtab.data.sources import find
 from trimtab.errors import ConfigError, TrimtabError, nearest
 from trimtab.train import batches, checkpoint, load
 from trimtab.train.options import TrainOptions
@@ -65,9 +67,10 @@ def _said(look: Callable[[TrainOptions], None], options: TrainOptions) -> list[s
 def _missing(o: TrainOptions) -> Iterator[str]:
     if not o.dataset:
         yield "no dataset was given: --dataset FILE (.jsonl .json .csv .parquet)"
-    for path in [*o.dataset, *o.val_dataset]:
-        if not Path(path).expanduser().exists():
-            yield f"dataset {path!r} does not exist"
+    problems = Problems()
+    for paths in filter(None, (o.dataset, o.val_dataset)):
+        find(paths, problems)
+    yield from map(str, problems.found)
 
 
 def _numbers(o: TrainOptions) -> Iterator[str]:

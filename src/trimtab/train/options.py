@@ -27,6 +27,9 @@ class TrainOptions:
         "drop", "what happens to longer ones", group="Data"
     )
     train_on: Literal["assistant", "last", "all"] = option("assistant", "turns that carry loss", group="Data")
+    chat_template: str | None = option(
+        None, "chatml, chatglm or a .jinja file (default: the tokenizer's own)", group="Data"
+    )
     max_train_samples: int | None = option(None, "use only the first N rows", group="Data")
     shuffle: bool = option(True, "false: file order in every epoch", group="Data")
     # model

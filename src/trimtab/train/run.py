@@ -74,7 +74,7 @@ class _Teller:
 
 
 def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prepared]:
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, chat_template=o.chat_template)
     data = prepare(
         o.dataset,
         renderer,
@@ -90,7 +90,7 @@ def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prep
         say.line("" if i else "rows", line)
     for line in data.ledger.lines():
         say.line("", line)
-    own = "the tokenizer's own template" if renderer.chat_template is None else "a template of ours"
+    own = "the tokenizer's own template" if renderer.chat_template is None else o.chat_template or "a layout of ours"
     ends = f"answers end with {renderer.end_of_turn}" if renderer.end_of_turn else "the text ends with eos"
     turns = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "every token"}[o.train_on]
     say.line("loss on", f"{turns}; {own}, {ends}")
