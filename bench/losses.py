@@ -35,7 +35,7 @@ def compare(ours: list[float], theirs: list[float], dtype: str) -> tuple[bool, s
         return largest < EXACT, f"largest difference {largest:.1e} (must be below {EXACT:g})"
     mine, other = statistics.mean(ours[-LAST:]), statistics.mean(theirs[-LAST:])
     apart = abs(mine - other) / other
-    said = f"last {LAST} steps: {mine:.4f} and {other:.4f}, {apart:.2%} apart (must be below {CLOSE:.0%})"
+    said = f"last {min(LAST, len(ours))} steps: {mine:.4f} and {other:.4f}, {apart:.2%} apart (must be below {CLOSE:.0%})"
     return apart < CLOSE, said
 
 
