@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import trimtab.fused  # noqa: F401 - registers the faster forms
 from trimtab import store
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
