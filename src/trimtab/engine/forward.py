@@ -21,7 +21,7 @@ from trimtab.data.pack import Pack, pack
 from trimtab.engine.attention import attending
 from trimtab.engine.head import After, Pairs, losses
 from trimtab.engine.layout import Layout
-from trimtab.engine.memory import OUT_OF_MEMORY, Watch
+from trimtab.engine.memory import Watch, out_of_memory
 from trimtab.errors import NotSupported
 from trimtab.verbs import Verbs
 
@@ -127,9 +127,9 @@ class Engine:
                 self.after = self._find_after(z[0], first)
                 z = z if self.after is None else self.after(z)
                 loss = float(self._loss(h, laid).loss)
-        except (NotSupported, *OUT_OF_MEMORY):
-            raise
         except (TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, NotSupported) or out_of_memory(error):
+                raise
             reason = str(error).strip().split("\n")[0]
             raise NotSupported(f"its forward does not take a layout ({type(error).__name__}: {reason})") from error
         common, *rest = (torch.arange(s.start, s.start + s.length) for s in laid.segments)
