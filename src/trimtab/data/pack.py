@@ -7,7 +7,8 @@ examples share is computed once and counts once for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -72,29 +73,34 @@ def ends(segments: Sequence[Segment]) -> np.ndarray:
 
 
 def packs(examples: Sequence[Example], budget: int, *, share: bool = True) -> list[Pack]:
-    """All examples in as few packs of about `budget` tokens as will do, of like size; none is cut or left out.
+    """All examples in as few packs of at most `budget` tokens as filling them in turn needs, of like size.
 
-    A pack is larger than the budget only where a single example is.
+    None is cut or left out. A pack is larger than the budget only where a single example is.
     """
-    if not share:
-        order, costs = list(range(len(examples))), [len(e.input_ids) for e in examples]
-        common = [0] * len(examples)
+    rows = [np.asarray(e.input_ids) for e in examples]
+    if share:
+        order, common = _sorted(rows)
+        size = lambda a, b: sum(last - first for _, first, last, _ in _tree(order[a:b], common[a:b], rows))  # noqa: E731
     else:
-        order = sorted(range(len(examples)), key=lambda i: examples[i].input_ids)
-        ids = [np.asarray(examples[i].input_ids) for i in order]
-        common = [0, *(_common(a, b) for a, b in pairwise(ids))]  # tokens shared with the one before
-        costs = [len(row) - shared for row, shared in zip(ids, common, strict=True)]
-    size = sum(costs) / -(-sum(costs) // budget) if costs else 0
-    parts: list[list[int]] = []
-    held = 0
-    for k, i in enumerate(order):
-        whole = costs[k] + common[k]
-        if not parts or held >= size or held + costs[k] > max(budget, size):
-            parts.append([])
-            held = whole - costs[k]
-        parts[-1].append(i)
-        held += costs[k]
-    return [pack(examples, part, share=share) for part in parts]
+        order, until = list(range(len(rows))), np.cumsum([0, *map(len, rows)]).tolist()
+        size = lambda a, b: until[b] - until[a]  # noqa: E731
+    parts = _filled(len(rows), size, budget, budget)
+    if len(parts) > 1:
+        even = _filled(len(rows), size, budget, -(-sum(size(*part) for part in parts) // len(parts)))
+        parts = even if len(even) == len(parts) else parts
+    return [pack(examples, order[a:b], share=share) for a, b in parts]
+
+
+def _filled(n: int, size: Callable[[int, int], int], most: int, enough: int) -> list[tuple[int, int]]:
+    """Neighbours a..b of `n` examples until they have `enough` tokens, or one more were over `most`."""
+    found, a = [], 0
+    while a < n:
+        b = min(n, a + 1 + bisect_left(range(a + 1, n), enough, key=lambda b: size(a, b)))
+        while b > a + 1 and size(a, b) > most:  # not quite monotone: one example more may make a shared run pay
+            b -= 1
+        found.append((a, b))
+        a = b
+    return found
 
 
 def pack(examples: Sequence[Example], members: Sequence[int] | None = None, *, share: bool = True) -> Pack:
@@ -105,7 +111,7 @@ def pack(examples: Sequence[Example], members: Sequence[int] | None = None, *, s
     found: list[tuple[Segment, np.ndarray]] = []
     where: list[list[np.ndarray]] = [[] for _ in rows]  # the positions of each example's tokens in the row
     length = 0
-    for sharers, first, last, parent in _tree(rows) if share else _apart(rows):
+    for sharers, first, last, parent in _tree(*_sorted(rows), rows) if share else _apart(rows):
         found.append((Segment(length, last - first, parent, first), rows[sharers[0]][first:last]))
         for i in sharers:
             where[i].append(np.arange(length, length + last - first))
@@ -135,12 +141,16 @@ def _apart(rows: list[np.ndarray]) -> Iterator[Run]:
     yield from (([i], 0, len(row), -1) for i, row in enumerate(rows))
 
 
-def _tree(rows: list[np.ndarray]) -> Iterator[Run]:
-    """Depth first: the runs of a tree over the rows in which each shared run saves at least `SHARE` tokens."""
+def _sorted(rows: list[np.ndarray]) -> tuple[list[int], list[int]]:
+    """The rows in the order of their ids, and how many tokens each has in common with the one before it."""
     order = sorted(range(len(rows)), key=lambda i: rows[i].tolist())
-    common = [0, *(_common(rows[a], rows[b]) for a, b in pairwise(order))]
+    return order, [0, *(_common(rows[a], rows[b]) for a, b in pairwise(order))]
+
+
+def _tree(order: list[int], common: list[int], rows: list[np.ndarray]) -> Iterator[Run]:
+    """Depth first: the runs of a tree over rows in `_sorted` order in which each shared run saves at least `SHARE` tokens."""
     made = 0
-    waiting = [(0, len(rows), 0, -1)]  # rows low..high of the order, one tree up to `first`, which ends in `parent`
+    waiting = [(0, len(order), 0, -1)]  # rows low..high of the order, one tree up to `first`, which ends in `parent`
     while waiting:
         low, high, first, parent = waiting.pop()
         members = order[low:high]

@@ -140,7 +140,8 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scaling: float, softcap: float, window: int, sinks: Tensor | None
 ) -> Tensor:
     """q (1, H, T, d), k, v (1, K, T, .) -> (1, T, H, e), by `grouped`. One operator, so that compiled layers keep it whole."""
-    y = grouped(q[0], k[0], v[0], Layout.of(handle).read(), Rule(scaling, softcap, window, sinks))
+    with torch.autocast(q.device.type, enabled=False):  # it would raise the softmax to float32, here and not in the backward
+        y = grouped(q[0], k[0], v[0], Layout.of(handle).read(), Rule(scaling, softcap, window, sinks))
     return y.transpose(0, 1)[None].contiguous()
 
 
@@ -155,7 +156,8 @@ def packed_attention_backward(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rule = Rule(scaling, softcap, window, sinks)
-    dq, dk, dv = grouped_backward(dy[0].transpose(0, 1), q[0], k[0], v[0], Layout.of(handle), rule)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv = grouped_backward(dy[0].transpose(0, 1), q[0], k[0], v[0], Layout.of(handle), rule)
     return dq[None], dk[None], dv[None]
 
 
@@ -187,7 +189,7 @@ def laid_out(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | int | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: Tensor | None = None,
@@ -196,12 +198,17 @@ def laid_out(
     s_aux: Tensor | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, H, T, d), key and value (1, K, T, .) -> (1, T, H, e). Raises `NotSupported` for what no layout can say."""
+    """query (1, H, T, d), key and value (1, K, T, .) -> (1, T, H, e). Raises `NotSupported` for what no layout can say.
+
+    attention_mask: what `_mask` made, the window of this layer or None.
+    """
     unknown = sorted(k for k, x in more.items() if x is not None and k not in KNOWN)
     if layout is None:
         raise NotSupported("the layout does not reach the attention layers of this model")
-    if attention_mask is not None or unknown:
+    if isinstance(attention_mask, Tensor) or unknown:
         raise NotSupported(f"its attention takes {', '.join(unknown) or 'a mask of its own'}")
+    if attention_mask and sliding_window and attention_mask != sliding_window:
+        raise NotSupported(f"its mask has a window of {attention_mask} tokens, its attention one of {sliding_window}")
     if more.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise NotSupported("its attention is not causal")
     if dropout:
@@ -209,8 +216,11 @@ def laid_out(
     if s_aux is not None and s_aux.requires_grad:
         raise NotSupported("the sinks of its attention are trained")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):  # as torch's own attention does
+        low = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(low), key.to(low), value.to(low)
     form = _flex if query.is_cuda else packed_attention
-    return form(query, key, value, layout, scaling, softcap or 0.0, sliding_window or 0, s_aux), None
+    return form(query, key, value, layout, scaling, softcap or 0.0, attention_mask or sliding_window or 0, s_aux), None
 
 
 def _flex(*args: Any) -> Tensor:
@@ -219,8 +229,15 @@ def _flex(*args: Any) -> Tensor:
     return flex(*args)
 
 
+def _mask(*args: Any, config: Any = None, local_size: int | None = None, **more: Any) -> int | None:
+    """In place of a mask, which the layout says: its window. Some models tell that to their mask alone."""
+    if local_size is not None and local_size != getattr(config, "sliding_window", None):
+        raise NotSupported(f"its attention is confined to chunks of {local_size} tokens")
+    return local_size
+
+
 ALL_ATTENTION_FUNCTIONS.register(NAME, laid_out)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)  # the layout says it
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.group import groups
@@ -22,8 +23,9 @@ from trimtab.engine.attention import attending
 from trimtab.engine.compile import Compiled
 from trimtab.engine.head import After, Pairs, losses
 from trimtab.engine.layout import Layout
-from trimtab.engine.memory import Watch
+from trimtab.engine.memory import Watch, out_of_memory
 from trimtab.errors import NotSupported
+from trimtab.verbs import Verbs
 
 EXACT = 1e-4  # root mean square difference of the logits that is rounding, as a share of their spread, in float32
 ROUNDED = 0.1  # and in 16-bit floats; a wrong mask gives about 1
@@ -46,10 +48,10 @@ class Engine:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model = model.get_base_model() if isinstance(model, Verbs) else model
         self.after: After | None = None
         self.head = self._head()
-        self.layers = _attention_layers(model)
+        self.layers = _attention_layers(self.model)
         self.watch: Watch | None = None
         self.compiled: Compiled | None = None  # used in training steps, where it is set
         self._layouts: list[Layout] = []  # of this step: compiled layers know them by number alone
@@ -59,6 +61,10 @@ class Engine:
         prompts = [g.name for g in groups(self.model).values() if g.adapter is not None]
         if prompts:
             raise NotSupported(f"adapter {prompts[0]!r} puts virtual tokens before each row")
+        if len({p.device for p in self.model.parameters()}) > 1:
+            raise NotSupported("its weights lie on several devices")
+        if not getattr(self.model, "_can_set_attn_implementation", lambda: False)():
+            raise NotSupported("its attention cannot be told to read a layout")
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if not isinstance(head, nn.Module):
             raise NotSupported("the model has no output layer that could be found")
@@ -82,8 +88,11 @@ class Engine:
         pack = _even(pack)
         layout = Layout(pack.segments, device, self.watch)
         self._layouts.append(layout)
-        h, _ = self._run(model, pack, layout)
-        put = lambda x: torch.from_numpy(x).to(device, non_blocking=True)  # noqa: E731
+        return self._loss(self._run(model, pack, layout)[0], pack)
+
+    def _loss(self, h: Tensor, pack: Pack) -> Result:
+        """Of hidden states (T, d)."""
+        put = lambda x: torch.from_numpy(x).to(h.device, non_blocking=True)  # noqa: E731
         pairs = Pairs(put(pack.at), put(pack.targets), put(pack.weights))
         total, each = losses(h[put(pack.kept)], self.head, self.after, pairs)
         rows = each.new_zeros(len(pack.members)).index_add_(0, put(pack.owner), each[put(pack.pair)])
@@ -106,43 +115,74 @@ class Engine:
 
     @torch.no_grad()
     def _probe(self) -> None:
-        model, device = self.model, next(self.model.parameters()).device
-        size = int(self.head.weight.shape[0]) if hasattr(self.head, "weight") else 100
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(size // 2, (80,), generator=draw).tolist()
-        tests = sorted([ids[:56], ids[:40] + ids[56:]])  # 40 tokens in common; in a row the lesser ids come first
-        examples = [Example(t, [True] * len(t), "", 0) for t in tests]
-        laid = pack(examples)
+        """Two examples with a common beginning, packed and alone."""
+        head: Any = self.head
+        device = next(self.model.parameters()).device
+        size = int(head.weight.shape[0]) if hasattr(head, "weight") else 100
+        ids = torch.randint(size // 2, (80,), generator=torch.Generator().manual_seed(0)).tolist()
+        tests = sorted([ids[:56], ids[:40] + ids[56:]])  # in a row the lesser ids come first
+        laid = pack([Example(t, [True] * len(t), "", 0) for t in tests])
         layout = Layout(laid.segments, device)
-        training = model.training
         try:
-            with self.running(), torch.random.fork_rng(devices=[]):
-                self._run(model.train(), laid, Layout(laid.segments, device))  # what it refuses in training shows here
-                h, first = self._run(model.eval(), laid, layout)
-            wanted = [model(input_ids=torch.tensor([t], device=device), use_cache=False).logits[0] for t in tests]
-            z = self.head(h)
-            self.after = self._find_after(z[0], first)
-            z = z if self.after is None else self.after(z)
-        except NotSupported:
-            raise
-        except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-            raise NotSupported(f"its forward does not take a layout ({type(error).__name__}: {error})") from error
-        finally:
-            model.train(training)
-        n = len(tests[0])
-        places = [torch.arange(n), torch.cat([torch.arange(40), torch.arange(n, 80)])]
-        for at, want in zip(places, wanted, strict=True):
-            if not (error := _apart(z[at], want)) <= _rounding(z):
+            with _as_it_was(self.model), _no_zeros(self.model):
+                with self.running():
+                    self._run(self.model.train(), laid, Layout(laid.segments, device))  # what it refuses in training
+                    h, first = self._run(self.model.eval(), laid, layout)
+                wanted = [self.model(input_ids=torch.tensor([t], device=device), use_cache=False).logits[0] for t in tests]
+                z = head(h)
+                self.after = self._find_after(z[0], first)
+                z = z if self.after is None else self.after(z)
+                loss = float(self._loss(h, laid).loss)
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, NotSupported) or out_of_memory(error):
+                raise
+            reason = str(error).strip().split("\n")[0]
+            raise NotSupported(f"its forward does not take a layout ({type(error).__name__}: {reason})") from error
+        common, *rest = (torch.arange(s.start, s.start + s.length) for s in laid.segments)
+        for own, want in zip(rest, wanted, strict=True):
+            if not (error := _apart(z[torch.cat([common, own])], want)) <= _rounding(z):
                 raise NotSupported(f"its logits differ by {error:.1%} of their spread when rows are packed")
+        alone = sum(
+            float(F.cross_entropy(want[:-1].float(), torch.tensor(t[1:], device=device), reduction="sum"))
+            for want, t in zip(wanted, tests, strict=True)
+        )
+        if not abs(loss - alone) <= _rounding(z) * alone:
+            raise NotSupported(f"its loss is {loss:.4g} when rows are packed, {alone:.4g} when they are not")
 
     def _find_after(self, ours: Tensor, theirs: Tensor) -> After | None:
-        """What the model does to its logits behind the head: nothing, or one of the known things."""
-        config = self.model.config
-        for after in (None, *_known_after(config)):
-            z = ours if after is None else after(ours)
-            if _apart(z, theirs) <= _rounding(z):
-                return after
-        raise NotSupported("it changes its logits behind the output layer in a way that is not known")
+        """What the model does to its logits behind the head: nothing, or one of the known things; what comes nearest,
+        since a soft cap on small logits is nearly nothing."""
+        known: list[After | None] = [None, *_known_after(self.model.config)]
+        error, _, after = min((_apart(ours if f is None else f(ours), theirs), i, f) for i, f in enumerate(known))
+        if not error <= _rounding(ours):
+            raise NotSupported("it changes its logits behind the output layer in a way that is not known")
+        return after
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Modes of all modules, and random numbers, are afterwards what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _no_zeros(model: nn.Module) -> Iterator[None]:
+    """Trained tensors that are zero, as those of a new adapter, are not inside: they would hide what they will do."""
+    draw = torch.Generator().manual_seed(0)
+    zeros = [p for p in model.parameters() if p.requires_grad and p.is_floating_point() and not p.any()]
+    try:
+        for p in zeros:
+            p.copy_(torch.randn(p.shape, generator=draw) / 50)
+        yield
+    finally:
+        for p in zeros:
+            p.zero_()
 
 
 def _even(pack: Pack) -> Pack:

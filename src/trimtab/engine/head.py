@@ -47,12 +47,11 @@ def losses(h: Tensor, head: nn.Module, after: After | None, pairs: Pairs) -> tup
     frozen = not isinstance(head, AdapterLayer) and not any(p.requires_grad for p in head.parameters())
     if frozen and after is None and port(head).op.kind == "linear":
         return _Frozen.apply(h, head, pairs)  # type: ignore[return-value]
-    found = []
-    for rows, mine in pairs.chunks(len(h), _vocabulary(head)):
-        if mine.stop > mine.start:
-            made = checkpoint(_chunk, h[rows], head, after, pairs, rows.start, mine, use_reentrant=False)
-            found.append(made)
-    each = torch.cat(found) if found else h.new_zeros(0, dtype=torch.float32)
+    # where nothing is supervised the head still sees no rows: its gradient is zero then, not missing
+    chunks = list(pairs.chunks(len(h), _vocabulary(head))) or [(slice(0, 0), slice(0, 0))]
+    each = torch.cat([
+        checkpoint(_chunk, h[rows], head, after, pairs, rows.start, mine, use_reentrant=False) for rows, mine in chunks
+    ])  # fmt: skip
     return (each * pairs.weights.to(each.dtype)).sum(), each.detach()
 
 
@@ -105,4 +104,6 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None]:
         dh, ctx.dh = ctx.dh, None
-        return None if dh is None else dh * grads[0].to(dh.dtype), None, None
+        if dh is None:
+            raise RuntimeError("the gradient of this loss was taken already, and is not kept for a second time")
+        return dh * grads[0].to(dh.dtype), None, None

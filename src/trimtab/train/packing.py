@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from trimtab.data.encode import Example
 from trimtab.data.pack import Pack, packs
 from trimtab.engine.forward import Engine
-from trimtab.engine.memory import Watch, token_bytes
-from trimtab.errors import DataError, TrainingError
+from trimtab.engine.memory import Watch, out_of_memory, release, token_bytes
+from trimtab.errors import TrainingError
 
-EXAMPLES = "examples"  # the one entry of a batch that is to be packed
 SMALLEST = 64  # tokens; below this a smaller budget helps no more
 DEFAULT = {"cpu": 2048}
 ELSEWHERE = 16384
+
+T = TypeVar("T")
 
 
 class Packing:
@@ -35,6 +37,11 @@ class Packing:
         self.tokens = tokens or _budget(engine.model)
         engine.watch = Watch(memory_limit) if next(engine.model.parameters()).device.type == "cpu" else None
 
+    @property
+    def line(self) -> str:
+        shared = "; what examples begin with in common is computed once" if self.share else ""
+        return f"packs of up to {self.tokens:,} tokens{shared}"
+
     def packs(self, examples: Sequence[Example]) -> list[Pack]:
         """The step's examples, laid out."""
         if self.rows is None:
@@ -46,8 +53,28 @@ class Packing:
                 found.append(_moved(p, at))
         return found
 
-    def halve(self, error: BaseException) -> None:
-        """A smaller budget for the step that is done again, and all after it."""
+    def attempt(self, work: Callable[[], T], undo: Callable[[], None], *, again: bool = True) -> T:
+        """`work`, with the model's attention reading layouts; where memory runs out, undone and done with half the budget.
+
+        again: without it, running out of memory is an error. Several ranks would have to start again together.
+        """
+        while True:
+            try:
+                with self.engine.running(training=torch.is_grad_enabled()):
+                    return work()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._halve(error, again)
+            release()  # here, where the error no longer holds the frames, and they what was computed
+            undo()
+
+    def _halve(self, error: BaseException, again: bool) -> None:
+        """A smaller budget for what is done again, and all after it."""
+        if not again:
+            raise TrainingError(
+                f"out of memory ({error}). Give fewer --pack_tokens than {self.tokens}, the same on all ranks"
+            ) from error
         if self.tokens // 2 < SMALLEST:
             raise TrainingError(
                 f"out of memory with {self.tokens} tokens in one pass ({error}). Fewer tokens will not help: "
@@ -55,6 +82,22 @@ class Packing:
             ) from error
         self.tokens //= 2
         self.say(f"out of memory: {self.tokens:,} tokens in one pass from here on; the step is done again, nothing is lost")
+
+
+def remembered(model: nn.Module, *, gradients: bool) -> Callable[[], None]:
+    """Call the result to have random numbers and gradients again as they are now. `gradients`: whether there may be any."""
+    device = next(model.parameters()).device
+    sources: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    states = [source.get_rng_state() for source in sources]
+    kept = {p: p.grad.clone() for p in model.parameters() if p.grad is not None} if gradients else {}
+
+    def back() -> None:
+        for source, state in zip(sources, states, strict=True):
+            source.set_rng_state(state)
+        for p in model.parameters():
+            p.grad = kept[p].clone() if p in kept else None
+
+    return back
 
 
 def _moved(p: Pack, by: int) -> Pack:
@@ -70,23 +113,3 @@ def _budget(model: Any) -> int:
     free = torch.cuda.mem_get_info(device)[0] // 2
     fits = max(256, free // token_bytes(model.config, model.dtype.itemsize))
     return min(most, 1 << (int(fits).bit_length() - 1))
-
-
-class Together:
-    """A collator that leaves examples as they are: the engine lays them out. Rows are `Example`s, or have `input_ids` and
-    `labels`, which are the ids themselves or -100."""
-
-    def __call__(self, rows: Sequence[Any]) -> dict[str, list[Example]]:
-        return {EXAMPLES: [row if isinstance(row, Example) else _example(row, i) for i, row in enumerate(rows)]}
-
-
-def _example(row: Mapping[str, Any], number: int) -> Example:
-    ids = [int(i) for i in row["input_ids"]]
-    labels = [int(i) for i in row.get("labels", ids)]
-    mask = [label != -100 for label in labels]
-    if len(labels) != len(ids) or any(a != b for a, b, kept in zip(ids, labels, mask, strict=True) if kept):
-        raise DataError(
-            f"row {number + 1} of a batch: labels are neither -100 nor the token at their place. Fix: labels as long as "
-            f"input_ids, not shifted; or pass a data_collator of your own"
-        )
-    return Example(ids, mask, "batch", number + 1)

@@ -18,14 +18,15 @@ from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
 from trimtab.model import PeftModel, checkpoint_activations, get_peft_model
-from trimtab.train import batches, checkpoint, load, picture, samples
+from trimtab.train import batches, checkpoint, layouts, load, picture, samples
 from trimtab.train.audits import trainable
+from trimtab.train.batches import Together
 from trimtab.train.callbacks import MetricsFile, ProgressBar, clock, read_metrics
 from trimtab.train.check import adapter_options, check
 from trimtab.train.device import Hardware, busy, pick
 from trimtab.train.folder import METRICS, PICTURE, RUN, SAMPLES, RunFolder
 from trimtab.train.options import TrainOptions
-from trimtab.train.packing import Packing, Together
+from trimtab.train.packing import Packing
 from trimtab.train.record import Record
 from trimtab.train.samples import Sample
 from trimtab.train.trainer import Trainer
@@ -167,14 +168,15 @@ class _Job:
     def _packing(self) -> Packing | None:
         """How steps are laid out; None, with a line that says why, where the model takes padded batches."""
         o = self.options
-        engine, why = engine_for(self.model.get_base_model()) if o.packing else (None, "padded batches, as asked")
+        why = layouts.launched() if o.packing else "padded batches, as asked"
+        engine, why = (None, why) if why else engine_for(self.model)
         if engine is None:
             self.say.line("layout", why)
             return None
         made = Packing(engine, o.pack_tokens, rows=o.micro_batch_size, say=lambda text: self.say.line("", text))
         tokens = sum(len(e.input_ids) for e in self.data.train) * self._steps() * o.batch_size / len(self.data.train)
         engine.compiled, why = choose("off" if o.gradient_checkpointing else o.compile, engine.model, tokens)
-        self.say.line("layout", f"packs of up to {made.tokens:,} tokens; what examples begin with in common is computed once")
+        self.say.line("layout", made.line)
         self.say.line("compile", why)
         return made
 

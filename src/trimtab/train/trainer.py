@@ -22,44 +22,48 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from trimtab.core.group import Group, groups
 from trimtab.data import Example
-from trimtab.engine.memory import OUT_OF_MEMORY
 from trimtab.errors import TrainingError
 from trimtab.model import PeftModel
-from trimtab.train import checkpoint
+from trimtab.train import checkpoint, layouts
 from trimtab.train.audits import StepAudit, some_labels, trainable
+from trimtab.train.batches import EXAMPLES, ROWS, Collator, Together
 from trimtab.train.checkpoint import Counts
 from trimtab.train.objectives.sft import row_losses, supervised, takes_positions
-from trimtab.train.packing import EXAMPLES, Packing
+from trimtab.train.packing import Packing, remembered
 
 SAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed")
-ROWS = "rows"  # optional in a batch: where each of its rows comes from, `file:line`
 
 
 class Trainer(transformers.Trainer):
     """The loss of an optimizer step is the sum over its supervised tokens / their number, over all micro-batches and
     ranks. Takes what `transformers.Trainer` takes; what is above holds for decoder models, others train as there.
 
-    Batches of the collator `Together` are laid out in packs by `packing`; padded ones go through the model as they are.
+    Rows of a decoder model that are `Example`s, or hold `input_ids` and `labels`, need no data_collator: they are laid out
+    in packs, by `packing` where it is given, or padded where the engine does not take the model. One line says which.
+    Batches of a data_collator of the caller's go through the model as they are.
     """
 
     model: Any
     accelerator: Any
+    optimizer: Any
 
     def __init__(self, *args: Any, packing: Packing | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.packing = packing
-        base: Any = self._base()
+        base: Any = self.base()
         config = getattr(base, "config", None)
         shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
-        self._decoder = shifts and not getattr(config, "is_encoder_decoder", False)
-        self._sparse = self._decoder and takes_positions(base.forward)
-        if self._decoder:
+        another = self.compute_loss_func is not None or self.label_smoother is not None
+        self.decoder = shifts and not getattr(config, "is_encoder_decoder", False) and not another
+        self._sparse = self.decoder and takes_positions(base.forward)
+        if self.decoder:
             self.label_names = ["labels"]
             self.model_accepts_loss_kwargs = self._loss_shifts_labels = self.loss_is_scaled_for_ga = True
             self.args.average_tokens_across_devices = True
             self.args.logging_nan_inf_filter = False  # it would log the loss before instead
             self.args.restore_callback_states_from_checkpoint = True  # early stopping counts on after a resume
             self.args._n_gpu = min(self.args.n_gpu, 1)  # DataParallel would split a micro-batch behind our back
+        given = args[2] if len(args) > 2 else kwargs.get("data_collator")
+        self.packing = layouts.settle(self, packing, given, Trainer)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep gradients where they cannot be read
             self.add_callback(StepAudit())
         self.add_callback(_AfterStep(self._live))
@@ -69,7 +73,8 @@ class Trainer(transformers.Trainer):
         self._mark, self._paused = time.perf_counter(), 0.0
         self._rows_hash: str | None = None
 
-    def _base(self) -> nn.Module:
+    def base(self) -> nn.Module:
+        """The torch model underneath: not wrapped for ranks, adapters in place."""
         model: Any = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -77,7 +82,7 @@ class Trainer(transformers.Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         trainable(self.model)
-        if self._decoder:
+        if self.decoder:
             some_labels(_items(self.train_dataset))
         self.counts, self._logged = Counts(), Counts()
         self._mark, self._paused = time.perf_counter(), 0.0
@@ -98,23 +103,11 @@ class Trainer(transformers.Trainer):
             num_items_in_batch = _supervised(examples)
         if num_items_in_batch == 0:
             raise TrainingError(f"{self._at()}: no supervised token in the rows {_some(self._step_rows)}")
-        first = self.current_gradient_accumulation_steps == 1
-        while True:
-            before = torch.get_rng_state(), None if first else [_copied(p.grad) for p in model.parameters()]
-            try:
-                with self.packing.engine.running(training=True):
-                    loss, counts = self._packs(model, examples, num_items_in_batch)
-                break
-            except OUT_OF_MEMORY as error:
-                if self.accelerator.num_processes > 1:
-                    raise TrainingError(
-                        f"{self._at()}: out of memory ({error}). Give fewer --pack_tokens than {self.packing.tokens}"
-                    ) from error
-                reason = error
-            self.packing.halve(reason)
-            torch.set_rng_state(before[0])
-            for i, p in enumerate(model.parameters()):
-                p.grad = None if before[1] is None else before[1][i]
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free ones
+            self.optimizer.train()
+        back = remembered(model, gradients=self.current_gradient_accumulation_steps > 1)
+        work = lambda: self._packs(model, examples, num_items_in_batch)  # noqa: E731
+        loss, counts = self.packing.attempt(work, back, again=self.accelerator.num_processes == 1)
         self.counts.add(counts)
         return loss
 
@@ -126,7 +119,7 @@ class Trainer(transformers.Trainer):
         for i, pack in enumerate(packs):
             last = i == len(packs) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
                     result = self.packing.engine.forward(model, pack)
                     self._finite(result.rows, [f"{examples[m].source}:{examples[m].line}" for m in pack.members])
                     loss = result.loss / total * self._ranks()
@@ -154,7 +147,7 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         batch = {k: v for k, v in inputs.items() if k != ROWS}
-        if not self._decoder or return_outputs:
+        if not self.decoder or return_outputs:
             return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
         rows = inputs.get(ROWS) or [f"row {i + 1} of the batch" for i in range(len(batch["labels"]))]
         self._step_rows += rows
@@ -177,7 +170,7 @@ class Trainer(transformers.Trainer):
         return sum(found) / self.current_gradient_accumulation_steps if found else 0.0
 
     def _live(self) -> list[Group]:
-        return [group for group in groups(self._base()).values() if group.live]
+        return [group for group in groups(self.base()).values() if group.live]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -234,6 +227,16 @@ class Trainer(transformers.Trainer):
 
     # ---- evaluation
 
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Where logits are asked for, as by `predict`, batches are padded."""
+        collator = self.data_collator
+        if isinstance(collator, Together) and (description == "test" or (description == "Evaluation" and self.compute_metrics)):
+            self.data_collator = Collator(layouts.pad_id(self), rows=False)
+        try:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.data_collator = collator
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         start = time.perf_counter()
         try:
@@ -243,13 +246,15 @@ class Trainer(transformers.Trainer):
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The mean loss over all supervised tokens, so the batch size does not matter; no logits are kept."""
-        if not self._decoder or self.compute_metrics is not None or description != "Evaluation":
+        if not self.decoder or self.compute_metrics is not None or description != "Evaluation":
             return super().evaluation_loop(dataloader, description, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
         total = torch.zeros(3, dtype=torch.float64)  # loss, supervised tokens, examples
         for inputs in dataloader:
             losses, tokens, rows = self._evaluated(model, inputs)
@@ -269,10 +274,14 @@ class Trainer(transformers.Trainer):
             return row_losses(model, batch, sparse=self._sparse), supervised(batch["labels"]), inputs.get(ROWS, [])
         assert self.packing is not None
         examples: list[Example] = inputs[EXAMPLES]
-        losses = torch.zeros(len(examples), device=self.args.device)
-        with self.packing.engine.running(), self.compute_loss_context_manager():
-            for pack in self.packing.packs(examples):
-                losses[list(pack.members)] = self.packing.engine.forward(model, pack).rows.to(losses)
+        packing, losses = self.packing, torch.zeros(len(examples), device=self.args.device)
+
+        def work() -> None:
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                for pack in packing.packs(examples):
+                    losses[list(pack.members)] = packing.engine.forward(model, pack).rows.to(losses)
+
+        packing.attempt(work, lambda: None, again=self.accelerator.num_processes == 1)
         tokens = torch.tensor([_supervised([e]) for e in examples], device=losses.device)
         return losses, tokens, [f"{e.source}:{e.line}" for e in examples]
 
@@ -372,10 +381,6 @@ def _items(dataset: Any) -> Iterator[Any]:
 def _supervised(examples: list[Example]) -> int:
     """How many tokens carry loss. Nothing predicts the first token of an example."""
     return sum(sum(e.supervised[1:]) for e in examples)
-
-
-def _copied(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.clone()
 
 
 def _some(rows: list[str]) -> str:
