@@ -54,13 +54,13 @@ def test_who_takes_part_and_with_how_many_rows() -> None:
     work = WORKS["short"]
     found = lineup(work, ["peft_trainer", "tutorial", "trl_sft", "trl_packing"], [None])
     assert [(c.name, c.rows) for c in found] == [
-        ("trimtab", 3200),
-        ("peft_trainer, micro-batch 4", 256),
-        ("peft_trainer, micro-batch 8", 256),
-        ("peft_trainer, micro-batch 16", 256),
+        ("trimtab", 1280),
+        ("peft_trainer, micro-batch 4", 96),
+        ("peft_trainer, micro-batch 8", 96),
+        ("peft_trainer, micro-batch 16", 96),
         ("tutorial", 16),
-        ("trl_sft, batch 16", 256),
-        ("trl_sft --packing", 256),
+        ("trl_sft, batch 16", 96),
+        ("trl_sft --packing", 96),
     ]
     fewer = lineup(work, ["peft_trainer", "tutorial"], ["auto", "off"], batch_size=8, rows=64)
     assert [(c.name, c.rows, c.flags) for c in fewer] == [

@@ -29,10 +29,10 @@ class Pairs:
         self.known = at.cpu()  # ascending
 
     def chunks(
-        self, stop: int, vocabulary: int, start: int = 0, logits: int = CHUNK
+        self, stop: int, vocabulary: int, start: int = 0, logits: int | None = None
     ) -> Iterator[tuple[slice, slice]]:
-        """Rows start .. stop of the hidden states by as many as make so many `logits`, and the pairs that they predict."""
-        size = max(16, logits // vocabulary)
+        """Rows start .. stop of the hidden states, as many as make so many `logits` (`CHUNK`), and the pairs they predict."""
+        size = max(16, (logits or CHUNK) // vocabulary)
         starts = [*range(start, stop, size), stop]
         edges = torch.searchsorted(self.known, torch.tensor(starts)).tolist()
         yield from zip(map(slice, starts, starts[1:]), map(slice, edges, edges[1:]), strict=True)
