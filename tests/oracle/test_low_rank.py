@@ -12,6 +12,7 @@ from theirs import close, configs, exchange, quiet_peft
 from torch import Tensor, nn
 
 import trimtab
+from trimtab.methods.peanut import _ACTIVATIONS
 
 show = lambda v: "-".join(f"{k}={x}" for k, x in v.items()) or "plain" if isinstance(v, dict) else str(v)  # noqa: E731
 
@@ -76,6 +77,22 @@ MODELS: list[tuple[str, dict[str, Any], str]] = [
     ("lokr", {"r": 64, "decompose_factor": 4}, "llama"),
     ("lokr", {"init_weights": "lycoris"}, "bert"),
 ]
+MODELS += [
+    ("gralora", {"r": 4, "hybrid_r": 2, "alpha": 8}, "llama gpt2 bert t5"),
+    ("gralora", {"r": 8, "gralora_k": 4}, "llama"),
+    ("peanut", {"r": 4, "depth": 2, "scaling": 0.7}, "llama bert t5"),
+    ("peanut", {"r": 4, "act_fn": "gelu_new"}, "llama"),
+    ("deft", {"r": 4, "alpha": 6}, "llama gpt2 bert t5"),
+    ("deft", {"r": 4, "decomposition_method": "qr", "deft_dropout": 0.5}, "llama bert"),
+    ("deft", {"r": 4, "para": True}, "llama bert"),
+    ("deft", {"r": 64, "decomposition_method": "qr", "para": True}, "llama"),
+]
+GLORA: list[tuple[str, dict[str, Any], str]] = [
+    ("glora", {}, "linear wide"),
+    ("glora", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}, "linear wide"),
+    ("glora", {"config_A_B": "constant", "config_C": "none", "config_D_E": "constant"}, "linear wide"),
+    ("glora", {"config_A_B": "none", "config_C": "lora", "config_D_E": "none"}, "linear"),
+]
 LAYER: list[tuple[str, dict[str, Any], str]] = [
     ("hira", {"r": 4}, "linear embedding conv1d conv2d conv2d-1x1 conv3d"),
     ("delora", {"r": 4}, "linear wide"),
@@ -99,6 +116,26 @@ def test_exchange_on_models(method: str, options: dict[str, Any], model: str, tm
 @pytest.mark.parametrize(("method", "options", "layer"), spread(LAYER), ids=show)
 def test_exchange_on_layers(method: str, options: dict[str, Any], layer: str, tmp_path: Path) -> None:
     swap(layer, method, tmp_path, options)
+
+
+@pytest.mark.parametrize(("method", "options", "layer"), spread(GLORA), ids=show)
+def test_exchange_of_glora(method: str, options: dict[str, Any], layer: str, tmp_path: Path) -> None:
+    """peft writes a tensor of zeros for each path that is not there, in the size of the weight for A and B."""
+    absent = layer == "wide" or "none" in options.values()
+    swap(layer, method, tmp_path, options, **{"extra": r"\.zeros$"} if absent else {})
+
+
+@pytest.mark.parametrize("model", ["llama", "bert", "t5"])
+def test_exchange_of_glora_on_models(model: str, tmp_path: Path) -> None:
+    exchange(model, *configs("glora", model), tmp_path, **{} if model == "bert" else {"extra": r"\.zeros$"})
+
+
+@pytest.mark.parametrize("name", sorted(_ACTIVATIONS))
+def test_activations_are_those_of_their_name(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-12, 12, 101)
+    close(_ACTIVATIONS[name](x), ACT2FN[name](x).detach(), 1e-6)
 
 
 def test_hira_takes_its_rank_pattern_where_peft_ignores_it_on_the_first_adapter() -> None:

@@ -30,7 +30,7 @@ class DeloraConfig(Targets, Excludes, Layers, Biases):
 
 @method("DELORA", config=DeloraConfig, small={"r": 4})
 class DeLoRA(Adapter):
-    """W' = W + (lambda / r) sum_i b_i a_i / (|b_i| |a_i|) diag(n)                                     arXiv:2503.18225, eq. 8
+    """W' = W + (lambda / r) sum_i b_i a_i / (|b_i| |a_i|) diag(n)                                     arXiv:2503.18225
 
     a_i: the rows of A (r, in, *kernel); b_i: the columns of B (out, r), which starts at 0. n_j = |W_:j| of the frozen weight
     is kept, and saved. Norms below 1e-4 count as 1e-4.

@@ -29,10 +29,10 @@ class HiraConfig(Targets, Excludes, Layers, FanIn):
 
 @method("HIRA", config=HiraConfig, small={"r": 4})
 class HiRA(Adapter):
-    """W' = W + W ∘ (B A)                                                    ICLR 2025, openreview.net/forum?id=TwJrTz9cRS
+    """W' = W + W ∘ (B A)
 
-    A (r, in, *kernel) starts random, B (out, r) at 0; on an embedding A does. What is 0 in W stays 0: groups of a convolution
-    stay apart. B's published shape on convolutions is (out, r, 1, ...).
+    ICLR 2025, openreview.net/forum?id=TwJrTz9cRS. A (r, in, *kernel) starts random, B (out, r) at 0; on an embedding A
+    does. What is 0 in W stays 0: groups of a convolution stay apart. B's published shape there is (out, r, 1, ...).
     """
 
     def __init__(self, cfg: HiraConfig, site: Site) -> None:
