@@ -83,10 +83,10 @@ class Adapter(nn.Module):
 
     names: dict[str, str] = {}  # own state_dict prefix -> published prefix, where the two differ
     additive: ClassVar[bool] = False  # W' - W does not depend on W, so the order in a stack does not matter
-    routed: ClassVar[bool] = False  # what it does depends on the input: `weight` and `bias` raise `NotMergeable`
+    routed: bool = False  # what it does depends on the input: `weight` and `bias` raise `NotMergeable`
     noisy: ClassVar[bool] = False  # training draws random numbers; in eval mode it is the definition
     identity: bool = True  # W' = W at the start
-    remembers: ClassVar[tuple[str, ...]] = ()  # buffers that a training checkpoint holds beside what is trained
+    remembers: tuple[str, ...] = ()  # buffers that a training checkpoint holds beside what is trained
     targets: ClassVar[dict[str, list[str]] | None] = None  # default target_modules by model type, where not LoRA's
     defaults: ClassVar[dict[str, dict[str, list[str]]]] = {}  # other fields that name targets, likewise
 

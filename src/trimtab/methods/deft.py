@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, Excludes, FanIn, Layers, Targets, in_range, method, one_of, option
-from trimtab.errors import NotSupported
-from trimtab.methods._low_rank import dropout, frozen
+from trimtab.methods._low_rank import dropout, mix, weight_of
 
 
 @dataclass(kw_only=True)
@@ -43,8 +42,6 @@ class DEFT(Adapter):
     def __init__(self, cfg: DeftConfig, site: Site) -> None:
         super().__init__()
         site.need("DEFT", "linear", "embedding", "conv")
-        if cfg.deft_dropout and site.base.op.groups > 1:
-            raise NotSupported(f"DEFT on {site.name!r}: deft_dropout does not fit a convolution layer with groups")
         out, inn = site.shape[0], math.prod(site.shape[1:])
         r = min(cfg.r, out)
         self.qr, self.identity, self.s = cfg.decomposition_method == "qr", not cfg.para, cfg.alpha / r if cfg.alpha else 1.0
@@ -55,7 +52,7 @@ class DEFT(Adapter):
             std, draw = 0.02 * cfg.init_scale, site.generator("deft_R")
             self.deft_R = nn.Parameter(nn.init.normal_(torch.empty(r, inn), std=std, generator=draw))
         if self.deft_R is not None and cfg.init_weights:
-            w = frozen(site).flatten(1)
+            w = weight_of(site).flatten(1)
             self.to(w)
             self.deft_R.data = self.spans()[1].detach().T @ w / self.s
 
@@ -72,10 +69,8 @@ class DEFT(Adapter):
         return w + (Q @ (given - V.T @ w.flatten(1).to(V.dtype))).view_as(w)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:  # V^T W x is V^T of what the layer gives without its bias
-        if base.op.groups > 1:
-            return super().forward(x, base)
         (Q, V), y, b = self.spans(), base(x), base.bias()
-        h = -base.op.mix((y if b is None else y - base.op.out(b)).to(V.dtype), V.T)
+        h = -mix((y if b is None else y - base.op.out(b)).to(V.dtype), base, V.T)
         if self.deft_R is not None:
             h = h + self.s * base.op(self.drop(x), self.deft_R.view(-1, *base.shape[1:]))
-        return y + base.op.mix(h, Q)
+        return y + mix(h, base, Q)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, Excludes, Layers, Targets, in_range, method, option
-from trimtab.methods._low_rank import dropout, frozen, kaiming, product
+from trimtab.methods._low_rank import dropout, kaiming, product, weight_of
 
 
 @dataclass(kw_only=True)
@@ -46,7 +46,7 @@ class DeLoRA(Adapter):
         self.delora_A = nn.Parameter(torch.empty(r, *fan_in))
         self.delora_B = nn.Parameter(torch.zeros(out, r))
         self.delora_lambda = nn.Parameter(torch.full((1,), float(site.pick(cfg.lambda_pattern, cfg.delora_lambda))))
-        self.register_buffer("delora_w_norm", frozen(site).norm(dim=0))  # (in, *kernel)
+        self.register_buffer("delora_w_norm", weight_of(site).norm(dim=0))  # (in, *kernel)
         self.drop = dropout(cfg.module_dropout, site)
         kaiming(self.delora_A, site, "delora_A")
         if not cfg.init_weights:
