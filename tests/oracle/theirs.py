@@ -154,7 +154,7 @@ def exchange(
     extra: str = " ",
 ) -> Any:
     """Their trained adapter in our hands, and ours in theirs: same keys, same config, same logits. `extra`: a regex of keys
-    that they write and nobody needs."""
+    that one of the two writes alone. `bound` is relative to the largest answer where that is above 1."""
     start = answer(make(name), name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -165,14 +165,17 @@ def exchange(
     if want.shape == start.shape:
         assert (want - start).abs().max() > 1e-3  # the adapter does something
     loaded = trimtab.PeftModel.from_pretrained(make(name), folder / "theirs")
+    bound *= max(1.0, want.abs().max().item())
     close(answer(loaded, name), want, bound)
 
     us = trimtab.get_peft_model(make(name), ours)
     move(us)
     us.save_pretrained(folder / "ours")
-    theirs_keys = keys(folder / "theirs")
-    assert keys(folder / "ours") == {k: v for k, v in theirs_keys.items() if not re.search(extra, k)}
-    assert (extra == " ") == (keys(folder / "ours") == theirs_keys)
+    mine, those = keys(folder / "ours"), keys(folder / "theirs")
+    assert (extra == " ") == (mine == those)
+    assert {k: v for k, v in mine.items() if not re.search(extra, k)} == {
+        k: v for k, v in those.items() if not re.search(extra, k)
+    }
     same_settings(folder / "ours", folder / "theirs")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
