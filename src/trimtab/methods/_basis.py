@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,12 +78,13 @@ class Shared(nn.Module):
 
     def __init__(self, cfg: Any, sites: Sequence[Site]) -> None:
         super().__init__()
+        sides = {(role(s.name), math.prod(s.shape[1:])) for s in sites}
+        if odd := [name for name, count in Counter(name for name, _ in sides).items() if count > 1]:
+            raise NotSupported(f"FRoD: layers of the role {odd[0]!r} have different numbers of inputs; target them apart")
         found: dict[str, dict[int, Tensor]] = {}
         for i, site in enumerate(sites):  # of two with one role and number the later counts, as in published adapters
             key = depth(site.name)
             found.setdefault(role(site.name), {})[i if key is None else key] = weight_of(site).flatten(1).float().cpu()
-        if odd := [name for name, ws in found.items() if len({w.shape[1] for w in ws.values()}) > 1]:
-            raise NotSupported(f"FRoD: layers of the role {odd[0]!r} have different numbers of inputs; target them apart")
         draw = torch.Generator().manual_seed(cfg.projection_prng_key)
         V = {k: basis([w for _, w in sorted(ws.items())], cfg.regularization_alpha) for k, ws in sorted(found.items())}
         self.frod_V = Tables(V, cfg.save_projection)
