@@ -23,7 +23,8 @@ from trimtab.verbs import Tuner, Verbs
 
 
 class Forward:
-    """A bound forward that shows the signature of the model underneath, by which trainers choose the columns of a dataset."""
+    """A bound forward that shows the signature of the model underneath, by which trainers choose the columns of a dataset.
+    In training, a loss that the model returns has the methods' penalties in it."""
 
     def __init__(self, owner: PeftModel) -> None:
         self.owner = owner
@@ -34,7 +35,13 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.owner.alive()
-        return self.owner.get_base_model()(*args, **kwargs)
+        model: Any = self.owner.get_base_model()
+        output = model(*args, **kwargs)
+        if self.owner.training and isinstance(getattr(output, "loss", None), Tensor):
+            for group in groups.groups(model).values():
+                if group.live and (penalty := group.penalty()) is not None:
+                    output.loss = output.loss + penalty
+        return output
 
 
 def _blank(cls: type) -> Any:

@@ -11,13 +11,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.core.config import CONFIG_FILE
+from trimtab.core.config import CONFIG_FILE, method_of
 from trimtab.core.files import write
 from trimtab.core.group import Group
 from trimtab.core.sites import frozen
@@ -25,6 +26,7 @@ from trimtab.errors import BadCheckpoint
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+ROOT = "base_model."
 PREFIX = "base_model.model."
 
 
@@ -52,17 +54,36 @@ class LoadReport:
 
 def live(group: Group) -> dict[str, Tensor]:
     """The adapter's own tensors by their published keys."""
-    prompt = group.adapter is not None
-    prefix = "base_model." if prompt else PREFIX  # published prompt files have one level less
-    found = dict(group.adapter.tensors()) if group.adapter is not None else {}
-    for path, name, tensor in group.tensors():
-        found[f"{prefix}{path}.{name}" if path else f"base_model.{name}"] = tensor
-    return found
+    if group.adapter is None:
+        return {_key(path, name): tensor for path, name, tensor in group.tensors()}
+    heads = {f"{ROOT}{path}.{name}": tensor for path, name, tensor in group.tensors()}  # prompt files have one level less
+    return dict(group.adapter.tensors()) | heads
 
 
 def state(group: Group, values: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
-    """Published keys and detached tensors. `values`: gathered tensors by the id of the parameter they stand for."""
-    return {k: (values or {}).get(id(t), t).detach() for k, t in live(group).items()}
+    """What the file holds: published keys and detached tensors. `values`: gathered ones by the id of the parameter they
+    stand for."""
+    found = {k: (values or {}).get(id(t), t).detach() for k, t in live(group).items()}
+    return found if group.adapter is not None else _formed(group, method_of(group.config).adapter.pack, found)
+
+
+def _formed(group: Group, form: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in the method's form for files, or back. A method sees (path, name); no path is the root."""
+    own: dict[tuple[str, str], Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        inner = key.removeprefix(PREFIX)
+        if path := max((p for p in group.layers if inner.startswith(f"{p}.")), key=len, default=""):
+            own[path, inner[len(path) + 1 :]] = tensor
+        elif inner == key and key.startswith(ROOT):
+            own["", key.removeprefix(ROOT)] = tensor
+        else:
+            rest[key] = tensor
+    return rest | {_key(*k): t for k, t in form(group, own).items()}
+
+
+def _key(path: str, name: str) -> str:
+    return f"{PREFIX}{path}.{name}" if path else f"{ROOT}{name}"
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -123,6 +144,9 @@ def load(
     nothing is changed. Full copies of frozen embeddings, which other tools write, must equal the model's."""
     own, report, chosen = live(group), LoadReport(), {}
     given = {_normal(k, own): v for k, v in tensors.items()}
+    if group.adapter is None:
+        given = _formed(group, method_of(group.config).adapter.unpack, given)
+        own = live(group)
     for key, value in given.items():
         if key not in own:
             if not _same_as_base(model, key, value):
@@ -180,7 +204,7 @@ def save(path: Path, group: Group, values: Mapping[int, Tensor] | None = None) -
     tensors, seen = {}, set()
     for key, tensor in state(group, values).items():
         tensor = tensor.cpu().contiguous()
-        if tensor.is_meta or tensor.numel() == 0:
+        if tensor.is_meta or tuple(tensor.shape) == (0,):
             raise BadCheckpoint(
                 f"{key} has no values here (its weights are sharded or on another device); nothing was written"
             )

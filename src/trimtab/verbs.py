@@ -43,6 +43,13 @@ class Verbs(nn.Module):
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             groups.group(self.get_base_model(), name).trainable(requires_grad)
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """For a training loop of one's own: tells budgets (AdaLoRA, AdaMSS) that step number `global_step`, counted from 1,
+        is done. It stands between `optimizer.step()` and `zero_grad()`, for they need the gradients."""
+        for group in groups.groups(self.get_base_model()).values():
+            if group.live:
+                group.step(global_step)
+
     def enable_adapter_layers(self) -> None:
         groups.disable(self.get_base_model(), False)
 

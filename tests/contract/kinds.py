@@ -7,16 +7,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from trimtab import PeftModel, get_peft_model
-from trimtab.core.adapter import ModelAdapter
+from trimtab.core.adapter import Adapter, ModelAdapter
 from trimtab.core.config import PeftConfig, config_for, default_like, load, methods
 from trimtab.core.layer import AdapterLayer
-from trimtab.errors import ConfigError, NotSupported
+from trimtab.errors import ConfigError, NotMergeable, NotSupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +123,11 @@ class Case:
         return config_for(self.method, **copy.deepcopy(fields))
 
     def fresh(self, dtype: torch.dtype = torch.float32, name: str = "default") -> PeftModel:
-        """The method on the layer as it starts."""
-        return get_peft_model(
+        """The method on the layer as it starts; in eval mode where training draws numbers."""
+        made = get_peft_model(
             Host(self.kind.layer(dtype)).to(dtype if not self.kind.quantised else None), self.config(), name
         )
+        return made.train(not load(self.method).adapter.noisy)
 
     def model(self, dtype: torch.dtype = torch.float32, name: str = "default") -> PeftModel:
         """The method on the layer, with what it trains moved off its start."""
@@ -155,10 +157,20 @@ def adapted(model: PeftModel) -> AdapterLayer:
 
 
 def definition(model: PeftModel, x: Tensor) -> Tensor:
-    """What the active adapters mean: the layer's op on the dense weight and bias of the whole stack."""
+    """What the active adapters mean: the layer's op on the dense weight and bias of the whole stack. One that depends on
+    the input has no weight; its forward is its definition."""
     layer = adapted(model)
     stack = layer.stack(layer.active)
+    if any(part.routed for part in parts(model)):
+        with pytest.raises(NotMergeable):
+            stack.weight()
+        return stack(x)
     return layer.port.op(x, stack.weight(), stack.bias())
+
+
+def parts(model: PeftModel) -> list[Adapter]:
+    """The adapters of the layer, each by itself where a trained bias stands beside it."""
+    return [m for m in adapted(model).adapters.modules() if isinstance(m, Adapter)]
 
 
 def tolerance(model: PeftModel, dtype: torch.dtype) -> float:
@@ -190,7 +202,7 @@ def variations(method: str) -> list[tuple[tuple[str, Any], ...]]:
     for f in dataclasses.fields(load(method).config):
         if f.name in _OPTIONS:
             found.append(((f.name, _OPTIONS[f.name]),))
-        elif isinstance(f.default, bool) and f.name not in _SAME and not {"variant", "later"} & set(f.metadata):
+        elif isinstance(f.default, bool) and f.name not in _SAME and not {"variant", "later", "apart"} & set(f.metadata):
             found.append(((f.name, not f.default),))
     return found
 

@@ -23,6 +23,7 @@ from kinds import (
     close,
     definition,
     layer_methods,
+    parts,
     randomise,
     tolerance,
 )
@@ -117,9 +118,8 @@ def test_merged_is_adapted_and_unmerged_is_the_original(case: Case) -> None:
     for dtype in dtypes(case):
         model, x = case.model(dtype).eval(), case.x(dtype)
         layer, y = adapted(model), model(x)
-        original, want = layer.base_layer, definition(model, x).to(dtype)
+        original, top, want = layer.base_layer, layer.stack(layer.active), definition(model, x).to(dtype)
         before = {k: v.clone() for k, v in original.state_dict().items() if isinstance(v, Tensor)}
-        weight = layer.stack(layer.active).weight().detach()
         try:
             model.merge_adapter(safe_merge=True)
         except NotMergeable:
@@ -127,6 +127,7 @@ def test_merged_is_adapted_and_unmerged_is_the_original(case: Case) -> None:
         else:
             assert layer.base_layer is not original and layer.merged_adapters == ("default",)
             assert type(layer.base_layer) is type(original)
+            weight = top.weight().detach()
             if case.kind.quantised:  # rounded once to the same grid: at most half the widest gap of the code
                 error = (port(layer.base_layer).weight() - weight).abs().view(-1, 64)
                 largest = weight.abs().view(-1, 64).amax(1)  # of a block; double quantisation adds a share of all
@@ -171,11 +172,16 @@ def test_a_stack_of_two_is_their_composition(pair: tuple[Case, Case], order: lis
     model.set_adapter(order)
     assert model.active_adapters == order
     layer = adapted(model)
+    try:
+        y = model(x)
+    except NotMergeable:  # the second reads a weight, which the first has not
+        assert layer.adapters[order[0]].routed
+        return
     weight, bias = layer.port.weight(), layer.port.bias()
-    for name in order:  # the definition written out: one after the other
+    want = definition(model, x).to(dtype)
+    for name in order if not any(p.routed for p in parts(model)) else ():  # written out: one after the other
         weight, bias = layer.adapters[name].weight(weight), layer.adapters[name].bias(bias, weight)
-    want = layer.port.op(x, weight, bias).to(dtype)
-    y = model(x)
+        want = layer.port.op(x, weight, bias).to(dtype)
     close(y, want, tolerance(model, dtype))
     commute = all(load(c.method).adapter.additive for c in pair)
     for names in (order, order[:1], order[1:]):  # all, a prefix, not a prefix
@@ -247,6 +253,9 @@ def test_it_starts_as_the_base(case: Case) -> None:
     if any(k.startswith("init") and not v for k, v in case.options):
         return  # asked to start elsewhere
     model, x = case.fresh(), case.x()
+    if not all(part.identity for part in parts(model)):
+        assert (model(x) - adapted(model).base_layer(x)).abs().max() > 0
+        return
     close(model(x), adapted(model).base_layer(x), 1e-6 if not case.kind.quantised else 2e-2)
 
 
@@ -309,8 +318,10 @@ def test_a_forward_without_gradient_leaves_everything_as_it_was(case: Case, tmp_
     model, x = case.model(), case.x()
     want, weight = model(x), adapted(model).port.weight().clone()
     with torch.no_grad():
-        for mode in (model.eval(), model.train()):
-            close(mode(x), want, tolerance(model, torch.float32))
+        for mode in (model.eval, model.train):
+            if mode == model.eval or not any(part.noisy for part in parts(model)):
+                close(mode()(x), want, tolerance(model, torch.float32))
+        model.train(not any(part.noisy for part in parts(model)))
         with model.disable_adapter():
             model(x)
     assert torch.equal(adapted(model).port.weight(), weight)

@@ -64,6 +64,14 @@ def test_set_adapter_takes_a_name_or_a_list_and_trains_what_is_active() -> None:
     assert model.active_adapters == ["default"] and torch.equal(logits(model), alone)
 
 
+def test_an_adapter_that_is_added_takes_the_mode_of_its_model() -> None:
+    model = get_peft_model(llama(), lora()).eval()
+    model.add_adapter("other", lora(lora_dropout=0.9, init_lora_weights=False))
+    model.set_adapter("other")
+    assert torch.equal(model(IDS).logits, model(IDS).logits)  # nothing is dropped
+    assert not torch.equal(model.train()(IDS).logits, model(IDS).logits)
+
+
 def test_delete_adapter_restores_layers_and_names_the_next_one() -> None:
     model = three()
     alone = logits(model)

@@ -102,4 +102,5 @@ def _merges(method: Method) -> str:
     kind = method.adapter
     if not issubclass(kind, Adapter):
         return "no"
-    return "yes" if kind.weight is not Adapter.weight or kind.bias is not Adapter.bias else "no"
+    means = kind.weight is not Adapter.weight or kind.bias is not Adapter.bias
+    return "yes" if means and not kind.routed else "no"

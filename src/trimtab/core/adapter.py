@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trimtab.core.group import Group
 
 T = TypeVar("T")
+Tensors = dict[tuple[str, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class Adapter(nn.Module):
 
     names: dict[str, str] = {}  # own state_dict prefix -> published prefix, where the two differ
     additive: ClassVar[bool] = False  # W' - W does not depend on W, so the order in a stack does not matter
+    routed: bool = False  # what it does depends on the input: `weight` and `bias` raise `NotMergeable`
+    noisy: ClassVar[bool] = False  # training draws random numbers; in eval mode it is the definition
+    identity: bool = True  # W' = W at the start
+    remembers: tuple[str, ...] = ()  # buffers that a training checkpoint holds beside what is trained
     targets: ClassVar[dict[str, list[str]] | None] = None  # default target_modules by model type, where not LoRA's
     defaults: ClassVar[dict[str, dict[str, list[str]]]] = {}  # other fields that name targets, likewise
 
@@ -112,7 +117,16 @@ class Adapter(nn.Module):
 
     @classmethod
     def step(cls, group: Group, step: int) -> None:
-        """Called after each optimizer step."""
+        """Called after each optimizer step, while its gradients are there."""
+
+    @classmethod
+    def pack(cls, group: Group, tensors: Tensors) -> Tensors:
+        """What a file holds of an adapter's tensors, by (path, published name). `unpack`: back, before keys are checked."""
+        return tensors
+
+    @classmethod
+    def unpack(cls, group: Group, tensors: Tensors) -> Tensors:
+        return tensors
 
     def published(self, key: str) -> str:
         """The name in the file of this adapter's own tensor `key`."""

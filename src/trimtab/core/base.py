@@ -24,10 +24,7 @@ class Base:
     serves all kinds of layers and `fan_in_fan_out` does not exist in here.
     """
 
-    tolerance = (
-        0.0  # largest |layer(x) - op(x, weight, bias)|, relative to |y|, beyond rounding; see the base's docstring
-    )
-
+    tolerance = 0.0  # largest |layer(x) - op(x, weight, bias)| / |y| beyond rounding; see the base's docstring
     transposed = False  # the layer stores (in, out); published configs call it `fan_in_fan_out`
 
     def __init__(self, layer: nn.Module, op: Op, shape: tuple[int, ...]) -> None:

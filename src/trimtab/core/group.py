@@ -45,6 +45,10 @@ class Group:
         for path, layer in self.layers.items():
             yield path, layer.adapters[self.name]  # type: ignore[misc]
 
+    def each(self, kind: type[Adapter]) -> Iterator[tuple[str, Any]]:
+        """The adapters of one kind, also where a trained bias stands beside them."""
+        return ((path, m) for path, adapter in self.sites() for m in adapter.modules() if isinstance(m, kind))
+
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(path, published name, tensor) of all that the file holds; path is empty for what stands at the root."""
         for path, adapter in self.sites():
@@ -68,7 +72,7 @@ class Group:
         return None if self.adapter is not None else method_of(self.config).adapter.penalty(self)
 
     def step(self, step: int) -> None:
-        """Called after each optimizer step: budgets, projections."""
+        """Called after each optimizer step, while its gradients are there: budgets, projections."""
         if self.adapter is None:
             method_of(self.config).adapter.step(self, step)
 

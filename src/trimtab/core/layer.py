@@ -65,7 +65,7 @@ class AdapterLayer(nn.Module):
         """Put `adapter` on; it is born on the layer's device, in float32 unless the layer computes in float64."""
         low = site.base.dtype in (torch.float16, torch.bfloat16) or site.base.dtype.itemsize == 1
         dtype = torch.float32 if full_precision and low else site.base.dtype
-        adapter.to(device=site.base.device, dtype=dtype if site.kind != "module" else None)
+        adapter.train(self.training).to(device=site.base.device, dtype=dtype if site.kind != "module" else None)
         held = self.adapters[name] if name in self.adapters else None
         self.adapters[name] = adapter if held is None else Both(adapter, held)  # type: ignore[arg-type]
 

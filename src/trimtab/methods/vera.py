@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, FanIn, Layers, Targets, in_range, method, option
+from trimtab.methods._low_rank import Projections, widest
 
 
 @dataclass(kw_only=True)
@@ -26,23 +27,6 @@ class VeraConfig(Targets, Layers, Biases, FanIn):
         super().__post_init__()
         in_range("r", self.r, 1)
         in_range("vera_dropout", self.vera_dropout, 0, 1)
-
-
-class Projections(nn.Module):
-    """vera_A (r, widest in) and vera_B (widest out, r): Kaiming-uniform, from the config's seed alone, A first."""
-
-    vera_A: Tensor
-    vera_B: Tensor
-
-    def __init__(self, cfg: VeraConfig, sites: Sequence[Site]) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(cfg.projection_prng_key)
-        shapes = {"vera_A": (cfg.r, max(s.shape[1] for s in sites)), "vera_B": (max(s.shape[0] for s in sites), cfg.r)}
-        for name, shape in shapes.items():
-            bound = (6 / shape[1]) ** 0.5
-            self.register_buffer(
-                name, torch.empty(shape).uniform_(-bound, bound, generator=draw), persistent=cfg.save_projection
-            )
 
 
 @method("VERA", config=VeraConfig, small={"r": 4})
@@ -70,7 +54,9 @@ class VeRA(Adapter):
     def share(cls, cfg: VeraConfig, sites: Sequence[Site]) -> nn.Module:
         for site in sites:
             site.need("VeRA", "linear")
-        return Projections(cfg, sites)
+        out, inn = widest(sites)
+        shapes = {"vera_A": (cfg.r, inn), "vera_B": (out, cfg.r)}
+        return Projections(shapes, cfg.projection_prng_key, saved=cfg.save_projection)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A = self.vera_lambda_d[:, None] * self.shared.vera_A[:, : self.inn]  # type: ignore[attr-defined]

@@ -60,7 +60,7 @@ class StepAudit(TrainerCallback):
             return
         tensors = trainable(now["model"])
         if self.first:
-            _received(tensors)
+            _received(tensors, resumed=state.global_step > 0)
             self.first = False
         if min(group["lr"] for group in now["optimizer"].param_groups) > 0:  # warm-up may begin at zero
             self.before = {
@@ -88,9 +88,10 @@ class StepAudit(TrainerCallback):
             )
 
 
-def _received(tensors: dict[str, nn.Parameter]) -> None:
+def _received(tensors: dict[str, nn.Parameter], *, resumed: bool) -> None:
+    """A resumed run passed before; since then a budget may have put tensors to rest."""
     unused = [name for name, p in tensors.items() if p.grad is None]
-    if unused:
+    if unused and not resumed:
         raise TrainingError(
             f"{_named(unused)} received no gradient in step 1: the model's forward does not use them, so they would "
             f"never change. Is their module bypassed, or its weight read directly? Exclude it from the targets"

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trimtab.core.adapter import Adapter
 from trimtab.core.files import write, write_text
 from trimtab.errors import BadCheckpoint, ConfigError
 from trimtab.train.audits import of, trainable
@@ -40,9 +41,18 @@ class Counts:
             setattr(self, field.name, getattr(self, field.name) + getattr(more, field.name))
 
 
+def kept(model: nn.Module) -> dict[str, Tensor]:
+    """What a resumed run needs, by its name in the model: what is trained, and what methods remember from step to step."""
+    found: dict[str, Tensor] = dict(trainable(model))
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter):
+            found |= {f"{path}.{name}": getattr(module, name) for name in module.remembers}
+    return found
+
+
 def save_tensors(model: nn.Module, folder: Path) -> None:
-    """Every trained tensor, exactly, by its name in the model. The adapter's own file may hold a form for inference."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+    """All that is kept, exactly. The adapter's own file may hold a form for inference."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in kept(model).items()}
     write(folder / TENSORS, lambda path: save_file(tensors, path))
 
 
@@ -55,7 +65,7 @@ def load_tensors(model: nn.Module, folder: Path) -> None:
         saved: dict[str, Tensor] = load_file(path)
     except Exception as error:  # safetensors raises its own bare type
         raise BadCheckpoint(f"{path} cannot be read: {error}") from error
-    here = trainable(model)
+    here = kept(model)
     wrong = [f"missing there: {name}" for name in here.keys() - saved.keys()]
     wrong += [f"only there: {name}" for name in saved.keys() - here.keys()]
     wrong += [

@@ -361,14 +361,18 @@ class Trainer(transformers.Trainer):
 
 
 class _AfterStep(TrainerCallback):
-    """Methods that change after a step (budgets, projections) are told its number."""
+    """Methods that change after a step (budgets, projections) are told its number, counted from 1, while its gradients
+    are there. A step that a float16 scaler skipped has none that are finite."""
 
     def __init__(self, live: Callable[[], list[Group]]) -> None:
         self.live = live
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        for group in self.live():
-            group.step(state.global_step)
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any
+    ) -> None:
+        if not getattr(now["optimizer"], "step_was_skipped", False):
+            for group in self.live():
+                group.step(state.global_step + 1)
 
 
 def _items(dataset: Any) -> Iterator[Any]:
