@@ -105,7 +105,7 @@ class NormOp(Op):
 
     def __call__(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         params = {"weight": w} if b is None else {"weight": w, "bias": b}
-        return torch.func.functional_call(self.layer, params, (x,))
+        return torch.func.functional_call(self.layer, params, (x.to(w.dtype),))
 
 
 class OpaqueOp(Op):
