@@ -1,0 +1,42 @@
+"""Rotations, spectra, sparse and shared updates: each equation written out by hand on one small layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_equations import IN, adapter, holds
+from torch import Tensor
+
+EYE = torch.eye(IN, dtype=torch.float64)
+
+
+def cayley(S: Tensor) -> Tensor:
+    eye = torch.eye(len(S), dtype=S.dtype)
+    return (eye - S) @ torch.linalg.inv(eye + S)
+
+
+# -- BOFT -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("size", "factors"), [(4, 1), (4, 2), (2, 1), (2, 2), (2, 3)])
+def test_boft(size: int, factors: int) -> None:
+    site, a, w, b = adapter("boft", boft_block_size=size, boft_n_butterfly_factor=factors)
+    R = EYE
+    for i, blocks in enumerate(a.boft_R.detach()):
+        D = torch.block_diag(*(cayley((A - A.T) / 2) for A in blocks))
+        P, k = torch.zeros(IN, IN, dtype=torch.float64), 0
+        for run in range(0, IN, size * 2**i):  # of each run the even half-blocks, then the odd ones
+            halves = [range(s, s + size // 2) for s in range(run, run + size * 2**i, size // 2)]
+            for source in [j for half in halves[::2] + halves[1::2] for j in half]:
+                P[k, source], k = 1, k + 1
+        R = P @ D @ P.T @ R
+    assert torch.allclose(R @ R.T, EYE)
+    assert (R != 0).sum(1).tolist() == [size * 2 ** (factors - 1)] * IN  # each factor doubles who meets whom
+    holds(site, a.boft_s * (w @ R.T), b)
+
+
+def test_boft_s_dropout_leaves_that_share_of_one_factor_s_blocks_unrotated() -> None:
+    _, a, _, _ = adapter("boft", boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.5)
+    assert (a.eval().blocks() == torch.eye(2)).all((2, 3)).sum() == 0
+    for seed in range(5):
+        torch.manual_seed(seed)
+        still = (a.train().blocks() == torch.eye(2)).all((2, 3)).sum(1).tolist()
+        assert sorted(still) == [0, 2]  # of 2 x 4

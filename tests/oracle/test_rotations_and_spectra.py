@@ -1,0 +1,99 @@
+"""Rotations, spectra, sparse and shared updates against peft: folders both ways, merged weights, and where we differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from theirs import base, close, configs, exchange, logits, move, quiet_peft
+
+import trimtab
+
+LINEAR = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"], "t5": ["q", "wo"]}
+show = lambda v: "-".join(f"{k}={x}" for k, x in v.items()) or "plain" if isinstance(v, dict) else str(v)  # noqa: E731
+
+EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
+    ("boft", "llama bert t5", {}),
+    ("boft", "llama", {"boft_block_size": 0, "boft_block_num": 2, "target_modules": LINEAR["llama"]}),
+    ("boft", "bert", {"boft_block_size": 8, "bias": "boft_only", "boft_dropout": 0.1}),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft's BOFT asks for a CUDA compiler at each layer."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "options"),
+    [(method, model, options) for method, models, options in EXCHANGED for model in models.split()],
+    ids=show,
+)
+def test_exchange(method: str, model: str, options: dict[str, Any], tmp_path: Path) -> None:
+    exchange(model, *configs(method, model, **options), tmp_path)
+
+
+MERGED: list[tuple[str, dict[str, Any]]] = [
+    ("boft", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), MERGED, ids=show)
+def test_merged_is_what_peft_merges(method: str, options: dict[str, Any]) -> None:
+    ours, theirs = configs(method, "llama", **{"target_modules": LINEAR["llama"]} | options)
+    them = quiet_peft(base("llama"), theirs)
+    move(them)
+    us = trimtab.get_peft_model(base("llama"), ours)
+    trimtab.set_peft_model_state_dict(us, peft.get_peft_model_state_dict(them))
+    a, b = us.merge_and_unload(), them.merge_and_unload().state_dict()
+    assert a.state_dict().keys() == b.keys()
+    for key, value in a.state_dict().items():
+        close(value, b[key], 2e-6)
+
+
+# -- BOFT -------------------------------------------------------------------------------------------------------------
+def test_boft_has_the_factors_it_is_given_where_peft_without_a_compiler_has_one(tmp_path: Path) -> None:
+    ours, theirs = configs("boft", "llama", target_modules=["q_proj"], boft_n_butterfly_factor=2)
+    us, them = trimtab.get_peft_model(base("llama"), ours), quiet_peft(base("llama"), theirs)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.boft_R"
+    assert trimtab.get_peft_model_state_dict(us)[key].shape == (2, 8, 4, 4)
+    assert peft.get_peft_model_state_dict(them)[key].shape == (1, 8, 4, 4)
+    assert them.peft_config["default"].boft_n_butterfly_factor == 2
+
+
+class BlockDiagonal:
+    """What peft's CUDA extension computes, by torch."""
+
+    @staticmethod
+    def apply(blocks: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+def test_exchange_of_boft_with_two_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: BlockDiagonal)
+    monkeypatch.setattr("peft.tuners.boft.layer.FastBlockDiag", BlockDiagonal)
+    for i, options in enumerate([{"boft_n_butterfly_factor": 2}, {"boft_n_butterfly_factor": 3, "boft_block_size": 2}]):
+        exchange("llama", *configs("boft", "llama", **options), tmp_path / str(i))
+
+
+def test_two_boft_adapters_keep_their_own_blocks_where_peft_mixes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft keeps one permutation a layer, that of the adapter which came last."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: BlockDiagonal)
+    monkeypatch.setattr("peft.tuners.boft.layer.FastBlockDiag", BlockDiagonal)
+    first = configs("boft", "llama", target_modules=["q_proj"], boft_n_butterfly_factor=2)
+    second = configs("boft", "llama", target_modules=["q_proj"], boft_n_butterfly_factor=2, boft_block_size=8)
+    us, them = trimtab.get_peft_model(base("llama"), first[0]), quiet_peft(base("llama"), first[1])
+    move(us)
+    move(them)
+    trimtab.set_peft_model_state_dict(us, peft.get_peft_model_state_dict(them))
+    before = logits(us, "llama")
+    close(before, logits(them, "llama"))
+    us.add_adapter("second", second[0])
+    them.add_adapter("second", second[1])
+    them.base_model.set_adapter("default")
+    close(logits(us, "llama"), before, 0)
+    assert (logits(them, "llama") - before).abs().max() > 1e-3
