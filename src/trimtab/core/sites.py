@@ -12,7 +12,7 @@ from torch import nn
 
 from trimtab.core.adapter import Site
 from trimtab.core.base import Opaque, port
-from trimtab.core.config import PeftConfig, method_of
+from trimtab.core.config import method_of
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.targets import HEADS, TARGETS
 from trimtab.errors import ConfigError, NoMatch, NotSupported, TrimtabWarning, nearest
@@ -174,7 +174,7 @@ def _excluded(name: str, cfg: Any) -> bool:
     return bool(exclude) and matches(name, exclude)
 
 
-def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: list[Site], strict: bool) -> None:
+def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site], strict: bool) -> None:
     wanted = target if isinstance(target, list) else [target]
     missing = [t for t in wanted if not any(matches(s.name, [t] if isinstance(target, list) else t) for s in found)]
     if target == ALL_LINEAR:
