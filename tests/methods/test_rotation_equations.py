@@ -7,6 +7,8 @@ import torch
 from test_equations import IN, adapter, holds
 from torch import Tensor
 
+from trimtab.errors import TrimtabWarning
+
 EYE = torch.eye(IN, dtype=torch.float64)
 
 
@@ -40,3 +42,30 @@ def test_boft_s_dropout_leaves_that_share_of_one_factor_s_blocks_unrotated() -> 
         torch.manual_seed(seed)
         still = (a.train().blocks() == torch.eye(2)).all((2, 3)).sum(1).tolist()
         assert sorted(still) == [0, 2]  # of 2 x 4
+
+
+# -- HRA --------------------------------------------------------------------------------------------------------------
+def test_hra() -> None:
+    site, a, w, b = adapter("hra", r=4)
+    H = EYE
+    for u in a.hra_u.detach().T:
+        H = H @ (EYE - 2 * torch.outer(u, u) / u.dot(u))
+    assert torch.allclose(H @ H.T, EYE)
+    holds(site, w @ H, b)
+
+
+def test_hra_on_orthogonal_hyperplanes() -> None:
+    site, a, w, b = adapter("hra", r=3, apply_GS=True, init_weights=False)
+    q: list[Tensor] = []
+    for u in a.hra_u.detach().T:
+        for other in q:
+            u = u - u.dot(other) * other
+        q.append(u / u.norm())
+    Q = torch.stack(q, 1)
+    holds(site, w @ (EYE - 2 * Q @ Q.T), b)
+
+
+def test_hra_says_where_it_does_not_start_as_the_base() -> None:
+    with pytest.warns(TrimtabWarning, match="r=3 is odd"):
+        _, a, _, _ = adapter("hra", r=3)
+    assert not a.starts_at_base and adapter("hra", r=2)[1].starts_at_base

@@ -19,6 +19,9 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("boft", "llama bert t5", {}),
     ("boft", "llama", {"boft_block_size": 0, "boft_block_num": 2, "target_modules": LINEAR["llama"]}),
     ("boft", "bert", {"boft_block_size": 8, "bias": "boft_only", "boft_dropout": 0.1}),
+    ("hra", "llama bert t5", {}),
+    ("hra", "llama", {"r": 5, "init_weights": False, "target_modules": LINEAR["llama"]}),
+    ("hra", "bert", {"r": 4, "apply_GS": True, "init_weights": False, "bias": "hra_only"}),
 ]
 
 
@@ -39,6 +42,8 @@ def test_exchange(method: str, model: str, options: dict[str, Any], tmp_path: Pa
 
 MERGED: list[tuple[str, dict[str, Any]]] = [
     ("boft", {}),
+    ("hra", {}),
+    ("hra", {"r": 3, "apply_GS": True, "init_weights": False}),
 ]
 
 
@@ -97,3 +102,16 @@ def test_two_boft_adapters_keep_their_own_blocks_where_peft_mixes_them(monkeypat
     them.base_model.set_adapter("default")
     close(logits(us, "llama"), before, 0)
     assert (logits(them, "llama") - before).abs().max() > 1e-3
+
+
+# -- HRA --------------------------------------------------------------------------------------------------------------
+def test_orthogonal_hyperplanes_start_apart_where_half_of_peft_s_are_rounding_noise() -> None:
+    ours, theirs = configs("hra", "llama", target_modules=["q_proj"], apply_GS=True, r=4)
+    us, them = trimtab.get_peft_model(base("llama"), ours), quiet_peft(base("llama"), theirs)
+    changes = []
+    for model in (us, them):
+        before = logits(model, "llama")
+        move(model, 1e-6)
+        changes.append((logits(model, "llama") - before).abs().max().item())
+    assert changes[0] < 1e-4 and not changes[1] < 1e-2  # NaN, where rounding leaves nothing
+    assert not any(a.starts_at_base for _, a in us.get_base_model().trimtab_groups["default"].sites())
