@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from test_equations import IN, adapter, holds
+from test_equations import IN, OUT, adapter, holds
 from torch import Tensor
 
 from trimtab.errors import TrimtabWarning
@@ -69,3 +71,25 @@ def test_hra_says_where_it_does_not_start_as_the_base() -> None:
     with pytest.warns(TrimtabWarning, match="r=3 is odd"):
         _, a, _, _ = adapter("hra", r=3)
     assert not a.starts_at_base and adapter("hra", r=2)[1].starts_at_base
+
+
+# -- RoAd -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
+@pytest.mark.parametrize("group", [2, 6])
+def test_road(group: int, variant: str) -> None:
+    site, a, w, b = adapter("road", group_size=group, variant=variant)
+    theta, alpha = a.road_theta.detach().tolist(), a.road_alpha.detach().tolist()
+    R, half = torch.zeros(OUT, OUT, dtype=torch.float64), group // 2
+    for i in range(OUT):
+        start, place = i - i % group, i % group
+        other = start + (place + half) % group  # the output that this one turns with
+        sign = -1 if place < half else 1
+        if variant == "road_1":
+            c = s = start // 2 + place % half
+        elif variant == "road_2":
+            c = s = i
+        else:
+            c, s = 2 * start + place, 2 * start + group + place
+        R[i, i] = alpha[c] * math.cos(theta[c])
+        R[i, other] = sign * alpha[s] * math.sin(theta[s])
+    holds(site, R @ w, R @ b)

@@ -22,6 +22,9 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("hra", "llama bert t5", {}),
     ("hra", "llama", {"r": 5, "init_weights": False, "target_modules": LINEAR["llama"]}),
     ("hra", "bert", {"r": 4, "apply_GS": True, "init_weights": False, "bias": "hra_only"}),
+    ("road", "bert t5", {"group_size": 8}),
+    ("road", "llama", {"group_size": 8, "variant": "road_2", "target_modules": LINEAR["llama"]}),
+    ("road", "bert", {"group_size": 4, "variant": "road_4", "target_modules": LINEAR["bert"]}),
 ]
 
 
@@ -44,6 +47,7 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
     ("boft", {}),
     ("hra", {}),
     ("hra", {"r": 3, "apply_GS": True, "init_weights": False}),
+    ("road", {"group_size": 8, "variant": "road_4"}),
 ]
 
 
