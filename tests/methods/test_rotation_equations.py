@@ -93,3 +93,40 @@ def test_road(group: int, variant: str) -> None:
         R[i, i] = alpha[c] * math.cos(theta[c])
         R[i, other] = sign * alpha[s] * math.sin(theta[s])
     holds(site, R @ w, R @ b)
+
+
+# -- PSOFT ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("init", ["psoft_init", "pissa_init"])
+@pytest.mark.parametrize("terms", [None, 1, 2, 3, 4, 5, 8])
+def test_psoft(terms: int | None, init: str) -> None:
+    series = {} if terms is None else {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms}
+    site, a, w, b = adapter("psoft", r=3, ab_svd_init=init, **series)
+    v, turn = a.psoft_R.weight.detach(), a.psoft_R
+    Q, eye = torch.zeros(3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    Q[0, 1], Q[0, 2], Q[1, 2] = v
+    Q = Q - Q.T
+    if terms is None:
+        R = (eye + Q) @ torch.linalg.inv(eye - Q)
+        assert torch.allclose(R @ R.T, eye)
+    else:  # I + 2 Q + ... + 2 Q^(t-2) + Q^(t-1); two terms: I + 2 Q
+        weights = [1.0, *[2.0] * (terms - 2), 1.0 if terms > 2 else 2.0][:terms]
+        R = sum((c * torch.linalg.matrix_power(Q, k) for k, c in enumerate(weights)), torch.zeros(3, 3))
+    R = turn.vector_b.diag() @ R @ turn.vector_a.diag()
+    U, S, Vt = torch.linalg.svd(w.float(), full_matrices=False)
+    U, S, Vt = U[:, :3].double(), S[:3].double(), Vt[:3].double()
+    left, right = (U @ S.diag(), Vt) if init == "psoft_init" else (U @ S.sqrt().diag(), S.sqrt().diag() @ Vt)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    assert (site(x) - x @ (w + left @ (R - eye) @ right).T - b).abs().max() < 1e-6  # S V^T is found in float32
+
+
+def test_psoft_s_series_bounds_the_norm_and_its_matrix_may_be_free() -> None:
+    _, a, _, _ = adapter(
+        "psoft", r=3, use_cayley_neumann=True, cayley_neumann_eps=0.2, psoft_mag_a=False, psoft_mag_b=False
+    )
+    with torch.no_grad():
+        a.psoft_R.weight.copy_(torch.tensor([0.3, 0.4, 1.2]))  # |Q| = 1.3 sqrt(2)
+        far = a.psoft_R()
+        a.psoft_R.weight.mul_(0.2 / (1.3 * 2**0.5))
+        assert torch.allclose(far, a.psoft_R())
+    _, free, _, _ = adapter("psoft", r=3, psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False)
+    assert torch.equal(free.psoft_R(), free.psoft_R.weight) and free.psoft_R.weight.shape == (3, 3)

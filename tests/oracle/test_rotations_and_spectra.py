@@ -25,6 +25,11 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("road", "bert t5", {"group_size": 8}),
     ("road", "llama", {"group_size": 8, "variant": "road_2", "target_modules": LINEAR["llama"]}),
     ("road", "bert", {"group_size": 4, "variant": "road_4", "target_modules": LINEAR["bert"]}),
+    ("psoft", "bert t5", {"r": 8}),
+    ("psoft", "llama", {"r": 8, "ab_svd_init": "pissa_init", "psoft_alpha": 5, "target_modules": LINEAR["llama"]}),
+    ("psoft", "llama", {"r": 8, "psoft_svd": "lowrank", "random_seed": 3, "psoft_mag_a": False}),
+    ("psoft", "llama", {"r": 8, "psoft_orth": False, "psoft_mag_b": False, "psoft_dropout": 0.5}),
+    ("psoft", "llama", {"r": 8, "use_cayley_neumann": True, "num_cayley_neumann_terms": 6, "cayley_neumann_eps": 0.5}),
 ]
 
 
@@ -48,6 +53,7 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
     ("hra", {}),
     ("hra", {"r": 3, "apply_GS": True, "init_weights": False}),
     ("road", {"group_size": 8, "variant": "road_4"}),
+    ("psoft", {"r": 8, "psoft_alpha": 4}),
 ]
 
 
