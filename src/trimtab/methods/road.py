@@ -17,8 +17,11 @@ _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # numbers of theta and of al
 
 @dataclass(kw_only=True)
 class RoadConfig(Targets):
-    variant: str = option("road_1", "road_1, road_2 or road_4: one, two or four pairs of numbers for two outputs",
-                          choices=("road_2", "road_4"))  # fmt: skip
+    variant: str = option(
+        "road_1",
+        "road_1, road_2 or road_4: one, two or four pairs of numbers for two outputs",
+        choices=("road_2", "road_4"),
+    )
     group_size: int = option(64, "outputs whose halves are paired; even, and it divides the outputs")
     init_weights: bool = option(True, "true: no rotation at the start; false: random")
 
