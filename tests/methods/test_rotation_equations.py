@@ -9,7 +9,7 @@ import torch
 from test_equations import IN, OUT, adapter, holds
 from torch import Tensor
 
-from trimtab.errors import TrimtabWarning
+from trimtab.errors import NotSupported, TrimtabWarning
 
 EYE = torch.eye(IN, dtype=torch.float64)
 
@@ -130,3 +130,21 @@ def test_psoft_s_series_bounds_the_norm_and_its_matrix_may_be_free() -> None:
         assert torch.allclose(far, a.psoft_R())
     _, free, _, _ = adapter("psoft", r=3, psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False)
     assert torch.equal(free.psoft_R(), free.psoft_R.weight) and free.psoft_R.weight.shape == (3, 3)
+
+
+# -- FourierFT --------------------------------------------------------------------------------------------------------
+def test_fourierft() -> None:
+    site, a, w, b = adapter("fourierft", n_frequency=5, scaling=3.0, random_loc_seed=4, n_frequency_pattern={"0": 3})
+    assert not a.starts_at_base and a.fourierft_spectrum.shape == (3,)
+    order = torch.randperm(OUT * IN, generator=torch.Generator().manual_seed(4))[:3].tolist()
+    change = torch.zeros_like(w)
+    for c, place in zip(a.fourierft_spectrum.tolist(), order, strict=True):
+        for o in range(OUT):
+            for i in range(IN):
+                change[o, i] += c * math.cos(2 * math.pi * (place // IN * o / OUT + place % IN * i / IN)) / (OUT * IN)
+    holds(site, w + 3 * change, b)
+
+
+def test_more_waves_than_weights_are_refused() -> None:
+    with pytest.raises(NotSupported, match=r"n_frequency=49, and it has 48 weights"):
+        adapter("fourierft", n_frequency=49)

@@ -30,6 +30,9 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("psoft", "llama", {"r": 8, "psoft_svd": "lowrank", "random_seed": 3, "psoft_mag_a": False}),
     ("psoft", "llama", {"r": 8, "psoft_orth": False, "psoft_mag_b": False, "psoft_dropout": 0.5}),
     ("psoft", "llama", {"r": 8, "use_cayley_neumann": True, "num_cayley_neumann_terms": 6, "cayley_neumann_eps": 0.5}),
+    ("fourierft", "llama gpt2 bert", {"n_frequency": 100, "scaling": 30.0}),
+    ("fourierft", "llama", {"n_frequency": 50, "init_weights": True, "n_frequency_pattern": {"v_proj": 20}}),
+    ("fourierft", "bert", {"n_frequency": 60, "random_loc_seed": 3, "bias": "fourierft_only"}),
 ]
 
 
@@ -54,6 +57,7 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
     ("hra", {"r": 3, "apply_GS": True, "init_weights": False}),
     ("road", {"group_size": 8, "variant": "road_4"}),
     ("psoft", {"r": 8, "psoft_alpha": 4}),
+    ("fourierft", {"n_frequency": 100}),
 ]
 
 
