@@ -9,7 +9,10 @@ import torch
 from test_equations import IN, OUT, adapter, holds
 from torch import Tensor
 
+from trimtab import get_peft_model
+from trimtab.core.config import config_for
 from trimtab.errors import NotSupported, TrimtabWarning
+from trimtab.methods._wavelets import NAMES, low_pass
 
 EYE = torch.eye(IN, dtype=torch.float64)
 
@@ -148,3 +151,50 @@ def test_fourierft() -> None:
 def test_more_waves_than_weights_are_refused() -> None:
     with pytest.raises(NotSupported, match=r"n_frequency=49, and it has 48 weights"):
         adapter("fourierft", n_frequency=49)
+
+
+# -- WaveFT -----------------------------------------------------------------------------------------------------------
+def synthesis(low: Tensor, rows: int, coefficients: int) -> Tensor:
+    """(rows, coefficients) of one inverse transform: the filters, every second row, half low and half high; the middle."""
+    high = low.flip(0) * torch.tensor([(-1.0) ** i for i in range(len(low))])
+    S = torch.zeros(coefficients + len(low) - 2, coefficients, dtype=torch.float64)
+    for j in range(coefficients // 2):
+        S[2 * j : 2 * j + len(low), j] = low
+        S[2 * j : 2 * j + len(low), coefficients // 2 + j] = high
+    start = (len(S) - rows) // 2
+    return S[start : start + rows]
+
+
+@pytest.mark.parametrize("wavelet", ["db1", "db2", "db10", "db20", "sym2", "sym7", "coif1", "coif3"])
+def test_waveft(wavelet: str) -> None:
+    layer = torch.nn.Linear(IN, OUT + 1)  # an odd size
+    site, a, w, b = adapter("waveft", layer, n_frequency=9, scaling=3.0, random_loc_seed=4, wavelet_family=wavelet)
+    low, (out, inn) = low_pass(wavelet), w.shape
+    margin = len(low) - 2
+    wide = [out + margin + 1, inn + margin]
+    F = torch.zeros(wide, dtype=torch.float64)
+    order = torch.randperm(out * inn, generator=torch.Generator().manual_seed(4))[:9].tolist()
+    for c, place in zip(a.waveft_spectrum.tolist(), order, strict=True):
+        F[place // inn + (margin + 1) // 2, place % inn + margin // 2] = c
+    (low_low, high_low), (low_high, high_high) = (half.chunk(2, 1) for half in F.chunk(2))  # the rows' filter first
+    F = torch.cat([torch.cat([low_low, low_high], 1), torch.cat([high_low, high_high], 1)])
+    holds(site, w + 3 * synthesis(low, out, wide[0]) @ F @ synthesis(low, inn, wide[1]).T, b)
+
+
+@pytest.mark.parametrize("wavelet", NAMES)
+def test_wavelets_are_orthogonal(wavelet: str) -> None:
+    low = low_pass(wavelet)
+    assert low.sum().item() == pytest.approx(2**0.5, abs=1e-12)
+    for shift in range(0, len(low), 2):
+        assert (low[shift:] * low[: len(low) - shift]).sum().item() == pytest.approx(float(shift == 0), abs=1e-7)
+
+
+def test_waveft_without_the_transform_and_in_proportion() -> None:
+    site, a, w, b = adapter("waveft", n_frequency=9, scaling=3.0, use_idwt=False)
+    change = torch.zeros(OUT * IN, dtype=torch.float64)
+    change[torch.randperm(OUT * IN, generator=torch.Generator().manual_seed(777))[:9]] = a.waveft_spectrum.detach()
+    holds(site, w + 3 * change.view(OUT, IN), b)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 28))
+    fields = {"target_modules": ["0", "1"], "n_frequency": 8, "proportional_parameters": True}
+    made = get_peft_model(model, config_for("waveft", **fields)).get_base_model()
+    assert [layer.adapters["default"].waveft_spectrum.numel() for layer in made] == [2, 14]

@@ -8,9 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.waveft import wavelet as peft_wavelets
 from theirs import base, close, configs, exchange, logits, move, quiet_peft
 
 import trimtab
+from trimtab.core.config import config_for
+from trimtab.methods._wavelets import low_pass
 
 LINEAR = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"], "t5": ["q", "wo"]}
 show = lambda v: "-".join(f"{k}={x}" for k, x in v.items()) or "plain" if isinstance(v, dict) else str(v)  # noqa: E731
@@ -33,6 +36,11 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("fourierft", "llama gpt2 bert", {"n_frequency": 100, "scaling": 30.0}),
     ("fourierft", "llama", {"n_frequency": 50, "init_weights": True, "n_frequency_pattern": {"v_proj": 20}}),
     ("fourierft", "bert", {"n_frequency": 60, "random_loc_seed": 3, "bias": "fourierft_only"}),
+    ("waveft", "llama gpt2 bert", {"n_frequency": 200}),
+    ("waveft", "llama", {"n_frequency": 200, "wavelet_family": "db4", "n_frequency_pattern": {"v_proj": 20}}),
+    ("waveft", "llama", {"n_frequency": 90, "wavelet_family": "sym5", "proportional_parameters": True}),
+    ("waveft", "bert", {"n_frequency": 90, "wavelet_family": "coif2", "random_loc_seed": 3, "bias": "waveft_only"}),
+    ("waveft", "bert", {"n_frequency": 90, "use_idwt": False, "init_weights": False}),
 ]
 
 
@@ -58,6 +66,7 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
     ("road", {"group_size": 8, "variant": "road_4"}),
     ("psoft", {"r": 8, "psoft_alpha": 4}),
     ("fourierft", {"n_frequency": 100}),
+    ("waveft", {"n_frequency": 100, "wavelet_family": "db3"}),
 ]
 
 
@@ -129,3 +138,29 @@ def test_orthogonal_hyperplanes_start_apart_where_half_of_peft_s_are_rounding_no
         changes.append((logits(model, "llama") - before).abs().max().item())
     assert changes[0] < 1e-4 and not changes[1] < 1e-2  # NaN, where rounding leaves nothing
     assert not any(a.starts_at_base for _, a in us.get_base_model().trimtab_groups["default"].sites())
+
+
+# -- WaveFT -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("wavelet", sorted(peft_wavelets._WAVELET_COEFFS))
+def test_filters_are_peft_s_but_for_two_that_are_no_wavelets(wavelet: str) -> None:
+    theirs = torch.tensor(peft_wavelets.Wavelet(wavelet).rec_lo, dtype=torch.float64)
+    products = [(theirs[s:] * theirs[: len(theirs) - s]).sum().item() for s in range(2, len(theirs), 2)]
+    if wavelet in ("coif4", "coif5"):
+        assert max(map(abs, products)) > 0.005 and abs(theirs.sum().item() - 2**0.5) > 0.005
+        with pytest.raises(trimtab.errors.ConfigError, match=wavelet):
+            config_for("waveft", wavelet_family=wavelet)
+    else:
+        assert all(abs(p) < 1e-11 for p in products)
+        close(low_pass(wavelet), theirs, 1e-11)
+
+
+def test_long_wavelets_work_where_peft_fails_at_the_first_forward() -> None:
+    ours, theirs = configs("waveft", "llama", target_modules=["q_proj"], n_frequency=50, wavelet_family="db12")
+    us, them = trimtab.get_peft_model(base("llama"), ours), quiet_peft(base("llama"), theirs)
+    move(us)
+    assert logits(us, "llama").isfinite().all()
+    with pytest.raises(ValueError, match="Unknown wavelet"):
+        logits(them, "llama")
+    with pytest.raises(trimtab.errors.ConfigError, match="sym11"):
+        config_for("waveft", wavelet_family="sym11")
+    assert type(theirs)(wavelet_family="sym11").wavelet_family == "sym11"
