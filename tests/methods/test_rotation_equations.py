@@ -198,3 +198,17 @@ def test_waveft_without_the_transform_and_in_proportion() -> None:
     fields = {"target_modules": ["0", "1"], "n_frequency": 8, "proportional_parameters": True}
     made = get_peft_model(model, config_for("waveft", **fields)).get_base_model()
     assert [layer.adapters["default"].waveft_spectrum.numel() for layer in made] == [2, 14]
+
+
+# -- C3A --------------------------------------------------------------------------------------------------------------
+def test_c3a() -> None:
+    site, a, w, b = adapter("c3a", block_size=7, block_size_pattern={"0": 2}, init_weights="gaussian")
+    assert not a.starts_at_base and a.c3a_kernel.shape == (OUT // 2, IN // 2, 2)
+    change = torch.zeros_like(w)
+    for o in range(OUT):
+        for i in range(IN):
+            change[o, i] = a.c3a_kernel[o // 2, i // 2, (i - o) % 2]
+    holds(site, w + change / IN, b)
+    site, a, w, b = adapter("c3a", torch.nn.Linear(IN, 4), block_size=4)
+    change = torch.stack([torch.cat([k.roll(row) for k in a.c3a_kernel[0].detach()]) for row in range(4)])
+    holds(site, w + change / IN, b)

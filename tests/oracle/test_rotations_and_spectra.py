@@ -41,6 +41,10 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("waveft", "llama", {"n_frequency": 90, "wavelet_family": "sym5", "proportional_parameters": True}),
     ("waveft", "bert", {"n_frequency": 90, "wavelet_family": "coif2", "random_loc_seed": 3, "bias": "waveft_only"}),
     ("waveft", "bert", {"n_frequency": 90, "use_idwt": False, "init_weights": False}),
+    ("c3a", "llama bert t5", {"block_size": 8}),
+    ("c3a", "llama", {"block_size": 16, "block_size_pattern": {"v_proj": 4}, "init_weights": "gaussian"}),
+    ("c3a", "bert", {"block_size": 4, "init_weights": "kaiming_uniform", "bias": "c3a_only"}),
+    ("c3a", "llama", {"block_size": 1, "init_weights": True, "target_modules": LINEAR["llama"]}),
 ]
 
 
@@ -67,6 +71,7 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
     ("psoft", {"r": 8, "psoft_alpha": 4}),
     ("fourierft", {"n_frequency": 100}),
     ("waveft", {"n_frequency": 100, "wavelet_family": "db3"}),
+    ("c3a", {"block_size": 8}),
 ]
 
 
@@ -164,3 +169,24 @@ def test_long_wavelets_work_where_peft_fails_at_the_first_forward() -> None:
     with pytest.raises(trimtab.errors.ConfigError, match="sym11"):
         config_for("waveft", wavelet_family="sym11")
     assert type(theirs)(wavelet_family="sym11").wavelet_family == "sym11"
+
+
+# -- C3A --------------------------------------------------------------------------------------------------------------
+def test_two_c3a_adapters_add_up_where_peft_feeds_one_to_the_other() -> None:
+    """peft's merged weights are right, and are what ours give, merged or not."""
+    pairs = [
+        configs("c3a", "llama", target_modules=["q_proj"], block_size=8, init_weights="gaussian") for _ in range(2)
+    ]
+    us, them = trimtab.get_peft_model(base("llama"), pairs[0][0]), quiet_peft(base("llama"), pairs[0][1])
+    us.add_adapter("second", pairs[1][0])
+    them.add_adapter("second", pairs[1][1])
+    for name in ("default", "second"):
+        trimtab.set_peft_model_state_dict(us, peft.get_peft_model_state_dict(them, adapter_name=name), name)
+    us.set_adapter(["default", "second"])
+    them.base_model.set_adapter(["default", "second"])
+    ours, theirs = logits(us, "llama"), logits(them, "llama")
+    us.merge_adapter()
+    them.merge_adapter()
+    close(ours, logits(us, "llama"))
+    close(ours, logits(them, "llama"))
+    assert (ours - theirs).abs().max() > 1e-3
