@@ -212,3 +212,38 @@ def test_c3a() -> None:
     site, a, w, b = adapter("c3a", torch.nn.Linear(IN, 4), block_size=4)
     change = torch.stack([torch.cat([k.roll(row) for k in a.c3a_kernel[0].detach()]) for row in range(4)])
     holds(site, w + change / IN, b)
+
+
+# -- MiSS -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("r", [2, 3, 8])  # of 8 inputs: four shards; two and a short one; one
+def test_miss(r: int) -> None:
+    site, a, w, b = adapter("miss", r=r)
+    M = a.miss_block.detach()  # (r, out)
+    holds(site, w + torch.stack([M[i % r] for i in range(IN)], 1), b)
+    x = torch.randn(IN, dtype=torch.float64)
+    shards = sum(torch.nn.functional.pad(x[k : k + r], (0, r - len(x[k : k + r]))) for k in range(0, IN, r))
+    assert torch.allclose(site(x), w @ x + b + M.T @ shards)
+
+
+def test_miss_mini_repeats_its_columns_over_the_outputs() -> None:
+    site, a, w, b = adapter("miss", r=4, mini_r=3, init_weights="mini")
+    M = a.miss_block.detach()
+    assert M.shape == (4, 3)
+    holds(site, w + torch.stack([torch.stack([M[i % 4, o % 3] for i in range(IN)]) for o in range(OUT)]), b)
+
+
+def test_bat_changes_each_block_by_its_product_with_m() -> None:
+    site, a, w, b = adapter("miss", r=2, init_weights="bat")
+    M, new = a.miss_block.detach(), w.clone()
+    assert M.shape == (OUT // 2, 2, 2) and not a.additive
+    for i in range(0, OUT, 2):
+        for j in range(0, IN, 2):
+            block = w[i : i + 2, j : j + 2]
+            new[i : i + 2, j : j + 2] = block + block @ M[i // 2] + M[i // 2]
+    holds(site, new, b)
+
+
+def test_shards_that_do_not_fit_are_refused() -> None:
+    for fields in ({"r": 9}, {"r": 3, "init_weights": "bat"}, {"r": 2, "mini_r": 4, "init_weights": "mini"}):
+        with pytest.raises(NotSupported, match="do not fit its weight 6 x 8"):
+            adapter("miss", **fields)

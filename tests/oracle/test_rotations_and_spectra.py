@@ -45,6 +45,11 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("c3a", "llama", {"block_size": 16, "block_size_pattern": {"v_proj": 4}, "init_weights": "gaussian"}),
     ("c3a", "bert", {"block_size": 4, "init_weights": "kaiming_uniform", "bias": "c3a_only"}),
     ("c3a", "llama", {"block_size": 1, "init_weights": True, "target_modules": LINEAR["llama"]}),
+    ("miss", "llama bert t5", {"r": 8}),
+    ("miss", "llama", {"r": 7, "target_modules": LINEAR["llama"]}),
+    ("miss", "llama", {"r": 8, "init_weights": False, "miss_dropout": 0.5}),
+    ("miss", "llama", {"r": 8, "init_weights": "bat", "target_modules": LINEAR["llama"]}),
+    ("miss", "bert", {"r": 5, "mini_r": 4, "init_weights": "mini", "bias": "miss_only"}),
 ]
 
 
@@ -72,6 +77,9 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
     ("fourierft", {"n_frequency": 100}),
     ("waveft", {"n_frequency": 100, "wavelet_family": "db3"}),
     ("c3a", {"block_size": 8}),
+    ("miss", {"r": 7}),
+    ("miss", {"r": 8, "init_weights": "bat"}),
+    ("miss", {"r": 8, "init_weights": "mini", "mini_r": 2}),
 ]
 
 
@@ -190,3 +198,48 @@ def test_two_c3a_adapters_add_up_where_peft_feeds_one_to_the_other() -> None:
     close(ours, logits(us, "llama"))
     close(ours, logits(them, "llama"))
     assert (ours - theirs).abs().max() > 1e-3
+
+
+# -- MiSS -------------------------------------------------------------------------------------------------------------
+def test_bat_unmerges_bit_for_bit_where_peft_comes_near() -> None:
+    ours, theirs = configs("miss", "llama", target_modules=["q_proj"], r=8, init_weights="bat")
+    for model, exact in (
+        (trimtab.get_peft_model(base("llama"), ours), True),
+        (quiet_peft(base("llama"), theirs), False),
+    ):
+        move(model)
+        before = base("llama").model.layers[0].self_attn.q_proj.weight
+        model.merge_adapter()
+        model.unmerge_adapter()
+        after = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+        assert torch.equal(before, after) == exact and (before - after).abs().max() < 1e-3
+
+
+def test_each_adapter_has_its_own_variant_where_peft_s_layers_keep_the_first() -> None:
+    fields: dict[str, Any] = {"target_modules": ["q_proj"], "r": 8}
+    first, second = configs("miss", "llama", **fields), configs("miss", "llama", init_weights="bat", **fields)
+    us, them = trimtab.get_peft_model(base("llama"), first[0]), quiet_peft(base("llama"), first[1])
+    alone = quiet_peft(base("llama"), configs("miss", "llama", init_weights="bat", **fields)[1])
+    move(alone)
+    for model, config in ((us, second[0]), (them, second[1])):
+        model.add_adapter("second", config)
+        model.set_adapter("second")
+    tensors = peft.get_peft_model_state_dict(alone)
+    trimtab.set_peft_model_state_dict(us, tensors, "second")
+    peft.set_peft_model_state_dict(them, tensors, "second")
+    close(logits(us, "llama"), logits(alone, "llama"))
+    with pytest.raises(RuntimeError):
+        logits(them, "llama")
+
+
+def test_merging_leaves_a_bfloat16_adapter_as_it_was_where_peft_changes_its_shape() -> None:
+    ours, theirs = configs("miss", "llama", target_modules=["q_proj"], r=8, init_weights="mini", mini_r=2)
+    low = torch.bfloat16
+    us = trimtab.get_peft_model(base("llama").to(low), ours, autocast_adapter_dtype=False)
+    them = peft.get_peft_model(base("llama").to(low), theirs, autocast_adapter_dtype=False)
+    shapes = []
+    for model in (us, them):
+        model.merge_adapter()
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        shapes.append(tuple(layer.miss_block["default"].shape))
+    assert shapes == [(8, 2), (8, 32)]
