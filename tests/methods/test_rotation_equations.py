@@ -247,3 +247,12 @@ def test_shards_that_do_not_fit_are_refused() -> None:
     for fields in ({"r": 9}, {"r": 3, "init_weights": "bat"}, {"r": 2, "mini_r": 4, "init_weights": "mini"}):
         with pytest.raises(NotSupported, match="do not fit its weight 6 x 8"):
             adapter("miss", **fields)
+
+
+@pytest.mark.parametrize("init", [True, "bat"])
+def test_bone_is_miss(init: bool | str) -> None:
+    site, a, _, _ = adapter("bone", r=2, init_weights=init)
+    other, b, _, _ = adapter("miss", r=2, init_weights=init)
+    b.miss_block.data.copy_(a.miss.miss_block)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    assert torch.equal(site(x), other(x)) and site.bone_block["default"] is a.miss.miss_block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.waveft import wavelet as peft_wavelets
+from safetensors.torch import load_file, save_file
 from theirs import base, close, configs, exchange, logits, move, quiet_peft
 
 import trimtab
@@ -243,3 +245,21 @@ def test_merging_leaves_a_bfloat16_adapter_as_it_was_where_peft_changes_its_shap
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         shapes.append(tuple(layer.miss_block["default"].shape))
     assert shapes == [(8, 2), (8, 32)]
+
+
+@pytest.mark.parametrize("init", [True, "bat"])
+def test_folders_of_bone_s_time_are_read_where_peft_knows_the_name_no_more(init: bool | str, tmp_path: Path) -> None:
+    _, theirs = configs("miss", "llama", target_modules=["q_proj", "down_proj"], r=8, init_weights=init)
+    them = quiet_peft(base("llama"), theirs)
+    move(them)
+    them.save_pretrained(str(tmp_path))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(
+        {k.replace("miss_block", "bone_block"): v for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    values = json.loads((tmp_path / "adapter_config.json").read_text()) | {"peft_type": "BONE"}
+    del values["miss_dropout"], values["mini_r"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    close(logits(trimtab.PeftModel.from_pretrained(base("llama"), tmp_path), "llama"), logits(them, "llama"))
+    with pytest.raises(Exception, match="BONE"):
+        peft.PeftModel.from_pretrained(base("llama"), str(tmp_path))
