@@ -256,3 +256,24 @@ def test_bone_is_miss(init: bool | str) -> None:
     b.miss_block.data.copy_(a.miss.miss_block)
     x = torch.randn(5, IN, dtype=torch.float64)
     assert torch.equal(site(x), other(x)) and site.bone_block["default"] is a.miss.miss_block
+
+
+# -- BEFT -------------------------------------------------------------------------------------------------------------
+def test_beft() -> None:
+    site, a, w, b = adapter("beft")
+    assert a.beft_bias.shape == (1, OUT)
+    holds(site, w, b + a.beft_bias[0])
+
+
+def test_beft_is_merged_into_a_layer_without_a_bias_and_says_what_a_saved_copy_loses() -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    model = get_peft_model(layers, config_for("beft", target_modules=["0", "1"], init_weights=False))
+    x = torch.randn(3, 4)
+    want = model(x)
+    with pytest.warns(TrimtabWarning, match="'0' and 1 more layers have a bias now, which Sequential does not make"):
+        merged = model.merge_and_unload()
+    assert torch.allclose(merged(x), want, atol=1e-6) and sorted(merged.state_dict())[:2] == ["0.bias", "0.weight"]
+    for norm in (torch.nn.RMSNorm(4), torch.nn.LayerNorm(4, bias=False)):
+        with pytest.raises(NotSupported, match="cannot have a bias"):
+            get_peft_model(torch.nn.Sequential(norm), config_for("beft", target_modules=["0"]))

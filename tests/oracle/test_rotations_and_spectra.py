@@ -52,6 +52,8 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("miss", "llama", {"r": 8, "init_weights": False, "miss_dropout": 0.5}),
     ("miss", "llama", {"r": 8, "init_weights": "bat", "target_modules": LINEAR["llama"]}),
     ("miss", "bert", {"r": 5, "mini_r": 4, "init_weights": "mini", "bias": "miss_only"}),
+    ("beft", "llama bert t5", {}),
+    ("beft", "bert", {"target_modules": LINEAR["bert"], "init_weights": False}),
 ]
 
 
@@ -263,3 +265,26 @@ def test_folders_of_bone_s_time_are_read_where_peft_knows_the_name_no_more(init:
     close(logits(trimtab.PeftModel.from_pretrained(base("llama"), tmp_path), "llama"), logits(them, "llama"))
     with pytest.raises(Exception, match="BONE"):
         peft.PeftModel.from_pretrained(base("llama"), str(tmp_path))
+
+
+# -- BEFT -------------------------------------------------------------------------------------------------------------
+def test_a_bias_is_merged_where_there_was_none_and_peft_gives_up() -> None:
+    ours, theirs = configs("beft", "llama")
+    us, them = trimtab.get_peft_model(base("llama"), ours), quiet_peft(base("llama"), theirs)
+    move(them)
+    trimtab.set_peft_model_state_dict(us, peft.get_peft_model_state_dict(them))
+    want = logits(them, "llama")
+    us.merge_adapter()
+    close(logits(us, "llama"), want)
+    with pytest.raises(ValueError, match="no bias"):
+        them.merge_adapter()
+
+
+def test_merged_biases_are_what_peft_merges() -> None:
+    ours, theirs = configs("beft", "bert")
+    us, them = trimtab.get_peft_model(base("bert"), ours), quiet_peft(base("bert"), theirs)
+    move(them)
+    trimtab.set_peft_model_state_dict(us, peft.get_peft_model_state_dict(them))
+    want = them.merge_and_unload().state_dict()
+    for key, value in us.merge_and_unload().state_dict().items():
+        close(value, want[key], 0)
