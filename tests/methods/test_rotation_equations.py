@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from test_equations import IN, OUT, adapter, holds
 from torch import Tensor
 
-from trimtab import get_peft_model
+from trimtab import PeftModel, get_peft_model
 from trimtab.core.config import config_for
 from trimtab.errors import NotSupported, TrimtabWarning
 from trimtab.methods._wavelets import NAMES, low_pass
@@ -277,3 +278,50 @@ def test_beft_is_merged_into_a_layer_without_a_bias_and_says_what_a_saved_copy_l
     for norm in (torch.nn.RMSNorm(4), torch.nn.LayerNorm(4, bias=False)):
         with pytest.raises(NotSupported, match="cannot have a bias"):
             get_peft_model(torch.nn.Sequential(norm), config_for("beft", target_modules=["0"]))
+
+
+# -- SHiRA ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", [None, 3])
+def test_shira(seed: int | None) -> None:
+    site, a, w, b = adapter("shira", r=2, random_seed=seed)
+    draw = torch.Generator() if seed is None else torch.Generator().manual_seed(seed)
+    places = sorted(torch.randperm(OUT * IN, generator=draw)[: 2 * (OUT + IN)].tolist())
+    assert a.shira_indices.dtype == torch.int32 and a.shira_indices.T.tolist() == [[p // IN, p % IN] for p in places]
+    new = w.clone()
+    for v, p in zip(a.shira_weight.detach(), places, strict=True):
+        new[p // IN, p % IN] += v
+    holds(site, new, b)
+
+
+def test_few_tokens_are_computed_entry_by_entry_and_many_with_the_weight() -> None:
+    for method, fields in [("shira", {"r": 1})]:
+        site, a, w, b = adapter(method, torch.nn.Linear(64, 96), **fields)
+        for tokens in (1, 2, 50):
+            x, g = torch.randn(tokens, 64, dtype=torch.float64), torch.randn(tokens, 96, dtype=torch.float64)
+            results = []
+            for y in (site(x), x @ a.weight(w).T + b):
+                results.append([y, *torch.autograd.grad(y, list(a.parameters()), g)])
+            for fast, plain in zip(*results, strict=True):
+                assert torch.allclose(fast, plain, atol=1e-12)
+
+
+def test_shira_with_a_mask_of_one_s_own(tmp_path: Path) -> None:
+    def make() -> torch.nn.Sequential:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+    config = config_for("shira", target_modules=["0"], r=2, mask_type="band", init_weights=False)
+    with pytest.raises(NotSupported, match=r"'band' needs a function in config\.mask_fn"):
+        get_peft_model(make(), config)
+    config.mask_fn = lambda layer, r: torch.ones_like(layer.weight)
+    with pytest.raises(NotSupported, match="chose 64 entries, and r=2 means 32"):
+        get_peft_model(make(), config)
+    config.mask_fn = lambda layer, r: torch.cat([torch.ones(4, 8), torch.zeros(4, 8)])
+    model, x = get_peft_model(make(), config).eval(), torch.randn(2, 8)
+    model.save_pretrained(tmp_path)
+    assert "mask_fn" not in (tmp_path / "adapter_config.json").read_text()
+    assert torch.equal(PeftModel.from_pretrained(make(), tmp_path)(x), model(x))
+    with pytest.raises(NotSupported, match="mask_fn"):
+        PeftModel.from_pretrained(make(), tmp_path, is_trainable=True)
+    again = PeftModel.from_pretrained(make(), tmp_path, is_trainable=True, config=config)
+    assert torch.equal(again(x), model(x))

@@ -54,6 +54,8 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("miss", "bert", {"r": 5, "mini_r": 4, "init_weights": "mini", "bias": "miss_only"}),
     ("beft", "llama bert t5", {}),
     ("beft", "bert", {"target_modules": LINEAR["bert"], "init_weights": False}),
+    ("shira", "llama bert t5", {"r": 4}),
+    ("shira", "llama", {"r": 3, "random_seed": 3, "init_weights": False, "target_modules": LINEAR["llama"]}),
 ]
 
 
@@ -84,6 +86,7 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
     ("miss", {"r": 7}),
     ("miss", {"r": 8, "init_weights": "bat"}),
     ("miss", {"r": 8, "init_weights": "mini", "mini_r": 2}),
+    ("shira", {"r": 4}),
 ]
 
 
@@ -288,3 +291,25 @@ def test_merged_biases_are_what_peft_merges() -> None:
     want = them.merge_and_unload().state_dict()
     for key, value in us.merge_and_unload().state_dict().items():
         close(value, want[key], 0)
+
+
+# -- SHiRA ------------------------------------------------------------------------------------------------------------
+def test_indices_that_windows_writes_as_floats_are_read(tmp_path: Path) -> None:
+    _, theirs = configs("shira", "llama", r=4)
+    them = quiet_peft(base("llama"), theirs)
+    move(them)
+    them.save_pretrained(str(tmp_path))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {v.dtype for k, v in tensors.items() if "indices" in k} == {torch.int32}
+    save_file({k: v.float() for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    close(logits(trimtab.PeftModel.from_pretrained(base("llama"), tmp_path), "llama"), logits(them, "llama"))
+
+
+def test_a_mask_of_one_s_own_that_is_missing_is_an_error_before_the_first_forward() -> None:
+    with pytest.warns(UserWarning, match="not recognized"):
+        ours, theirs = configs("shira", "llama", r=4, mask_type="mine")
+    with pytest.raises(trimtab.errors.NotSupported, match="mask_fn"):
+        trimtab.get_peft_model(base("llama"), ours)
+    them = quiet_peft(base("llama"), theirs)
+    with pytest.raises(KeyError):
+        logits(them, "llama")
