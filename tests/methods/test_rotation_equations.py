@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimtab import PeftModel, get_peft_model
 from trimtab.core.config import config_for
-from trimtab.errors import NotSupported, TrimtabWarning
+from trimtab.errors import ConfigError, NotSupported, TrimtabWarning
 from trimtab.methods._wavelets import NAMES, low_pass
 
 EYE = torch.eye(IN, dtype=torch.float64)
@@ -294,7 +294,11 @@ def test_shira(seed: int | None) -> None:
 
 
 def test_few_tokens_are_computed_entry_by_entry_and_many_with_the_weight() -> None:
-    for method, fields in [("shira", {"r": 1})]:
+    for method, fields in (
+        ("shira", {"r": 1}),
+        ("supertuning", {"sparsity": 0.98}),
+        ("supertuning", {"sparsity": 0.98, "r": 2}),
+    ):
         site, a, w, b = adapter(method, torch.nn.Linear(64, 96), **fields)
         for tokens in (1, 2, 50):
             x, g = torch.randn(tokens, 64, dtype=torch.float64), torch.randn(tokens, 96, dtype=torch.float64)
@@ -325,3 +329,25 @@ def test_shira_with_a_mask_of_one_s_own(tmp_path: Path) -> None:
         PeftModel.from_pretrained(make(), tmp_path, is_trainable=True)
     again = PeftModel.from_pretrained(make(), tmp_path, is_trainable=True, config=config)
     assert torch.equal(again(x), model(x))
+
+
+# -- Super-Tuning -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("top", [True, False])
+@pytest.mark.parametrize("r", [None, 2])
+def test_super_tuning(r: int | None, top: bool) -> None:
+    site, a, w, b = adapter("supertuning", sparsity=0.8, select_top=top, r=r)
+    places = sorted(range(OUT * IN), key=lambda p: w[p // IN, p % IN].abs().item(), reverse=top)[:9]
+    assert a.supertuning_indices.tolist() == places  # 9 = int(48 * 0.2)
+    new = w.clone()
+    for v, p in zip(a.supertuning_values.detach(), places, strict=True):
+        new[p // IN, p % IN] += v
+    if r:  # Supra; alpha is 2 r where nothing is said
+        new += 2 * a.supertuning_lora_B.weight @ a.supertuning_lora_A.weight
+    holds(site, new.detach(), b)
+
+
+def test_super_tuning_needs_an_entry_and_supra_a_rank() -> None:
+    with pytest.raises(NotSupported, match=r"sparsity=0\.99 leaves 0 of its 48 entries"):
+        adapter("supertuning")
+    with pytest.raises(ConfigError, match="without r there is none"):
+        config_for("supertuning", lora_alpha=4)

@@ -56,6 +56,10 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("beft", "bert", {"target_modules": LINEAR["bert"], "init_weights": False}),
     ("shira", "llama bert t5", {"r": 4}),
     ("shira", "llama", {"r": 3, "random_seed": 3, "init_weights": False, "target_modules": LINEAR["llama"]}),
+    ("supertuning", "llama bert t5", {}),
+    ("supertuning", "llama", {"sparsity": 0.9, "r": 4, "lora_dropout": 0.5, "target_modules": LINEAR["llama"]}),
+    ("supertuning", "llama", {"sparsity": 0.9, "select_top": False, "r": 4, "lora_alpha": 3.0}),
+    ("supertuning", "llama", {"sparsity": 0.9, "save_precomputed_indices": False}),
 ]
 
 
@@ -87,6 +91,7 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
     ("miss", {"r": 8, "init_weights": "bat"}),
     ("miss", {"r": 8, "init_weights": "mini", "mini_r": 2}),
     ("shira", {"r": 4}),
+    ("supertuning", {"sparsity": 0.9, "r": 2}),
 ]
 
 
