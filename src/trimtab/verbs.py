@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from trimtab.core import group as groups
+from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
+from trimtab.core.sites import frozen
 from trimtab.errors import TrimtabWarning
 
 
@@ -69,6 +71,7 @@ class Verbs(nn.Module):
     ) -> Any:
         """The plain base model with the adapters in its weights. This object is spent afterwards."""
         self.merge_adapter(adapter_names, safe_merge)
+        _tell_new_biases(self.get_base_model())
         model: Any = self.unload()
         _untie(model)
         return model
@@ -99,6 +102,18 @@ def _untie(model: Any) -> None:
         return
     if (head := out()) is not None and head.weight is not inp().weight:
         config.tie_word_embeddings = False
+
+
+def _tell_new_biases(model: nn.Module) -> None:
+    """Of biases that merging made, the model's class knows nothing: a saved copy would lose them when it is loaded."""
+    layers = [(name, port(frozen(layer)).bias(), layer.port.bias()) for name, layer in groups.adapted(model)]
+    if grown := [name for name, before, after in layers if before is None and after is not None]:
+        more = f" and {len(grown) - 1} more layers have" if len(grown) > 1 else " has"
+        warnings.warn(
+            f"{grown[0]!r}{more} a bias now, which {type(model).__name__} does not make when a saved copy is loaded:"
+            " keep the adapter and load it on the base",
+            TrimtabWarning,
+        )
 
 
 class Tuner(Verbs):

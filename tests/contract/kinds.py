@@ -197,13 +197,15 @@ _SAME = {"inference_mode", "fan_in_fan_out"}  # change nothing of the equation
 
 
 def variations(method: str) -> list[tuple[tuple[str, Any], ...]]:
-    """A method's own yes-or-no options turned over one at a time, and the fields above."""
+    """A method's own yes-or-no options turned over one at a time, its other choices, and the fields above."""
     found: list[tuple[tuple[str, Any], ...]] = [()]
     for f in dataclasses.fields(load(method).config):
+        value = load(method).small.get(f.name, f.default)
         if f.name in _OPTIONS:
             found.append(((f.name, _OPTIONS[f.name]),))
-        elif isinstance(f.default, bool) and f.name not in _SAME and not {"variant", "later", "apart"} & set(f.metadata):
-            found.append(((f.name, not f.default),))
+        elif isinstance(value, bool) and f.name not in _SAME and not {"variant", "later", "apart"} & set(f.metadata):
+            found.append(((f.name, not value),))
+        found += [((f.name, choice),) for choice in f.metadata.get("choices", ()) if choice != value]
     return found
 
 

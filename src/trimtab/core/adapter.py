@@ -83,10 +83,10 @@ class Adapter(nn.Module):
     """
 
     names: dict[str, str] = {}  # own state_dict prefix -> published prefix, where the two differ
-    additive: ClassVar[bool] = False  # W' - W does not depend on W, so the order in a stack does not matter
+    additive: bool = False  # W' - W does not depend on W, so the order in a stack does not matter
     routed: bool = False  # what it does depends on the input: `weight` and `bias` raise `NotMergeable`
     noisy: ClassVar[bool] = False  # training draws random numbers; in eval mode it is the definition
-    identity: bool = True  # W' = W at the start
+    starts_at_base: bool = True  # W' = W before the first step
     remembers: tuple[str, ...] = ()  # buffers that a training checkpoint holds beside what is trained
     targets: ClassVar[dict[str, list[str]] | None] = None  # default target_modules by model type, where not LoRA's
     defaults: ClassVar[dict[str, dict[str, list[str]]]] = {}  # other fields that name targets, likewise
@@ -108,6 +108,11 @@ class Adapter(nn.Module):
     @classmethod
     def share(cls, cfg: Any, sites: Sequence[Site]) -> nn.Module | None:
         """A module that all sites of one adapter use: each sets `self.shared = site.shared`. It is saved once, at the root."""
+        return None
+
+    @classmethod
+    def aim(cls, model: nn.Module) -> list[str] | str | None:
+        """The targets where none are given and the tables know none; None: all linear layers."""
         return None
 
     @classmethod

@@ -33,7 +33,8 @@ class TaskType(str, Enum):
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to."""
+    """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to;
+    `choices`: values that the contract tries, beside true and false."""
     make: Any = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"help": help, **more})
 

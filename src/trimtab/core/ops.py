@@ -104,8 +104,8 @@ class NormOp(Op):
     kind = "norm"
 
     def __call__(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        params = {"weight": w} if b is None else {"weight": w, "bias": b}
-        return torch.func.functional_call(self.layer, params, (x,))
+        params = {"weight": w} if b is None else {"weight": w, "bias": b.to(w.dtype)}
+        return torch.func.functional_call(self.layer, params, (x.to(w.dtype),))
 
 
 class OpaqueOp(Op):

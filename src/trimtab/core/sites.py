@@ -12,7 +12,7 @@ from torch import nn
 
 from trimtab.core.adapter import Site
 from trimtab.core.base import Opaque, port
-from trimtab.core.config import PeftConfig, method_of
+from trimtab.core.config import method_of
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.targets import HEADS, TARGETS
 from trimtab.errors import ConfigError, NoMatch, NotSupported, TrimtabWarning, nearest
@@ -134,10 +134,12 @@ def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
                 f"target_modules={target!r} is a string, so it is a regex for the whole path, and not a right one: {error}"
             ) from None
         return target
-    kind = _model_type(model)
-    table = method_of(cfg).adapter.targets or TARGETS
+    kind, adapter = _model_type(model), method_of(cfg).adapter
+    table = TARGETS if adapter.targets is None else adapter.targets
     if isinstance(kind, str) and kind in table:
         return list(table[kind])
+    if (aimed := adapter.aim(model)) is not None:
+        return aimed
     warnings.warn(
         f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning
     )
@@ -172,7 +174,7 @@ def _excluded(name: str, cfg: Any) -> bool:
     return bool(exclude) and matches(name, exclude)
 
 
-def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: list[Site], strict: bool) -> None:
+def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site], strict: bool) -> None:
     wanted = target if isinstance(target, list) else [target]
     missing = [t for t in wanted if not any(matches(s.name, [t] if isinstance(target, list) else t) for s in found)]
     if target == ALL_LINEAR:
@@ -190,8 +192,8 @@ def _check(model: nn.Module, cfg: PeftConfig, target: list[str] | str, found: li
             f"no module matches target {', '.join(map(repr, missing))}{f' with {limits}' if limits else ''}."
             f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
         )
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(cfg, field, None) or {}:
+    for field in (f for f, value in vars(cfg).items() if f.endswith("_pattern") and isinstance(value, dict)):
+        for pattern in getattr(cfg, field):
             if strict and not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in found):
                 raise NoMatch(
                     f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}"

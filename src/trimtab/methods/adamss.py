@@ -62,13 +62,13 @@ class AdaMSS(Adapter):
     def __init__(self, cfg: AdamssConfig, site: Site) -> None:
         super().__init__()
         site.need("AdaMSS", "linear", "embedding", "conv")
-        self.asa, self.identity, b = cfg.use_asa, cfg.init_weights is not None, site.base.bias()
+        self.asa, self.starts_at_base, b = cfg.use_asa, cfg.init_weights is not None, site.base.bias()
         w = weight_of(site).flatten(1)
         self.inn, w = w.shape[1], w if b is None else torch.cat([w, b.detach()[:, None].to(w)], dim=1)
         N, rows, A = subspaces(w.float().cpu(), cfg)
         self.adamss_A = nn.ParameterList(A)
         self.adamss_B = nn.ParameterList(torch.zeros(int((rows == i).sum()), len(a)) for i, a in enumerate(A))
-        for i, tensor in enumerate(self.adamss_B if not self.identity else ()):
+        for i, tensor in enumerate(self.adamss_B if not self.starts_at_base else ()):
             nn.init.normal_(tensor, std=0.01, generator=site.generator(f"adamss_B.{i}"))
         for name, tensor in {"adamss_newB": N, "adamss_rows": rows, "on": torch.ones(len(A)).bool()}.items():
             self.register_buffer(name, tensor, persistent=name != "on")

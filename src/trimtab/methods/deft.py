@@ -44,7 +44,8 @@ class DEFT(Adapter):
         site.need("DEFT", "linear", "embedding", "conv")
         out, inn = site.shape[0], math.prod(site.shape[1:])
         r = min(cfg.r, out)
-        self.qr, self.identity, self.s = cfg.decomposition_method == "qr", not cfg.para, cfg.alpha / r if cfg.alpha else 1.0
+        self.qr, self.s = cfg.decomposition_method == "qr", cfg.alpha / r if cfg.alpha else 1.0
+        self.starts_at_base = not cfg.para
         self.drop = dropout(cfg.deft_dropout, site)
         self.deft_P = nn.Parameter(nn.init.normal_(torch.empty(out, r), std=0.02, generator=site.generator("deft_P")))
         self.deft_R: nn.Parameter | None = None

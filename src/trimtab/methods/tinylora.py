@@ -65,7 +65,7 @@ class TinyLoRA(Adapter):
         super().__init__()
         self.shared: Any = site.shared
         self.group, self.transposed = self.shared.group[site.name], site.kind == "embedding"
-        self.identity, self.drop = cfg.init_weights is True, nn.Dropout(cfg.tinylora_dropout)
+        self.starts_at_base, self.drop = cfg.init_weights is True, nn.Dropout(cfg.tinylora_dropout)
         w = weight_of(site).flatten(1)
         U, S, V = torch.linalg.svd(w.T if self.transposed else w, full_matrices=False)
         root = S[: cfg.r].sqrt()

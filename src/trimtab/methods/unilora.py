@@ -63,7 +63,7 @@ class UniLoRA(Adapter):
     indices are a shuffle from `proj_seed` over all A and B in model order, so they depend on what is targeted.
     """
 
-    additive, identity = True, False
+    additive, starts_at_base = True, False
     unilora_indices_A: Tensor
     unilora_indices_B: Tensor
     unilora_scales_A: Tensor

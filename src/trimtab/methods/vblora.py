@@ -54,7 +54,7 @@ class VBLoRA(Adapter):
     `save_only_topk_weights`: the file holds which vectors are mixed and how, which cannot be trained on.
     """
 
-    additive, identity, targets = True, False, WIDE
+    additive, starts_at_base, targets = True, False, WIDE
 
     def __init__(self, cfg: VBLoRAConfig, site: Site) -> None:
         super().__init__()
