@@ -186,6 +186,8 @@ class PeftModel(Verbs):
             tensors = {re.sub(pattern, new, k): v for k, v in tensors.items()}
         fresh = adapter_name not in groups.groups(model)
         if fresh:
+            if whole := store.saved_whole(model, config, tensors):
+                config = replaced(config, modules_to_save=whole)
             self._attach(adapter_name, config, autocast_adapter_dtype, strict=False)
         group = groups.group(model, adapter_name)
         try:

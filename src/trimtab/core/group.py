@@ -106,16 +106,18 @@ def attach(
         )
     chosen, new = method_of(cfg), Group(name, cfg)
     plan: dict[str, list[tuple[Site, Adapter]]] = {}
+    names = saved_modules(model, cfg, fresh=strict)
+    saved = find_saved(model, names, cfg)
     if issubclass(chosen.adapter, ModelAdapter):
         new.adapter = chosen.adapter(cfg, model)
     else:
-        sites = find_sites(model, cfg, name, strict=strict)
+        sites = find_sites(model, cfg, saved, name, strict=strict)
         new.shared = chosen.adapter.share(cfg, sites)
         for site in (dataclasses.replace(s, shared=new.shared) for s in sites):
             plan[site.name] = [(site, chosen.adapter(cfg, site))]
-    if heads := saved_modules(cfg):
-        cfg.modules_to_save = heads  # type: ignore[attr-defined]
-    for path, module in find_saved(model, cfg).items():
+    if names:
+        cfg.modules_to_save = names  # type: ignore[attr-defined]
+    for path, module in saved.items():
         site = Site(path, Opaque(frozen(module)), name)
         plan.setdefault(path, []).append((site, FullTune(site)))
     _plan_biases(model, cfg, new, plan)
