@@ -5,11 +5,13 @@ tensors belong to the model's modules: a site's to its `AdapterLayer`, shared on
 method's to the model's child `prompt_encoder`.
 """
 
+# pyright: reportPrivateUsage=false
+# (torch keeps the children of a module in `_modules`, the one place where one can be exchanged)
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -269,7 +271,7 @@ def disable(model: nn.Module, off: bool = True) -> None:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> Generator[None, None, None]:
     before = any(g.disabled for g in groups(model).values())
     disable(model, True)
     try:

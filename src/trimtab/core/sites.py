@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -20,10 +20,14 @@ from trimtab.errors import ConfigError, NoMatch, NotSupported, TrimtabWarning, n
 ALL_LINEAR = "all-linear"
 
 
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return cast("Iterator[tuple[str, nn.Module]]", model.named_modules())  # torch leaves its type open
+
+
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module of the model under its original path, adapted layers as themselves, nothing of the adapters."""
     inside = " "
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if f"{name}.".startswith((inside, "prompt_encoder.")):
             continue
         if isinstance(module, AdapterLayer):
@@ -111,7 +115,8 @@ def _complete(model: nn.Module, cfg: Any, target: list[str] | str, found: list[S
     """Write into the config what the model decided, so that its file says it and no reader needs the tables."""
     if cfg.target_modules is None:
         cfg.target_modules = target
-    for field, table in method_of(cfg).adapter.defaults.items():
+    defaults: dict[str, dict[str, list[str]]] = getattr(method_of(cfg).adapter, "defaults", {})
+    for field, table in defaults.items():
         if getattr(cfg, field) is None:
             names = table.get(_model_type(model), [])
             chosen = [t for t in target if any(ends_with(t, n) for n in names)] if isinstance(target, list) else names
@@ -139,8 +144,8 @@ def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
             ) from None
         return target
     kind = _model_type(model)
-    table = method_of(cfg).adapter.targets or TARGETS
-    if isinstance(kind, str) and kind in table:
+    table: dict[str, list[str]] = method_of(cfg).adapter.targets or TARGETS
+    if kind in table:
         return list(table[kind])
     warnings.warn(
         f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning
@@ -155,7 +160,7 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def _mha_projections(model: nn.Module) -> set[str]:
-    return {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    return {f"{name}.out_proj" for name, module in _modules(model) if isinstance(module, nn.MultiheadAttention)}
 
 
 def _in_layers(name: str, cfg: Any, target: list[str] | str) -> bool:
@@ -195,7 +200,8 @@ def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site
             f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
         )
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(cfg, field, None) or {}:
+        patterns: dict[str, Any] = getattr(cfg, field, None) or {}
+        for pattern in patterns:
             if strict and not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in found):
                 raise NoMatch(
                     f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}"
