@@ -9,7 +9,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from trimtab.cli import chat, data, demo, merge, methods, screen, sites, train
 
-
 _DAY = ("demo", "data", "train", "chat", "merge", "methods", "sites")
 
 
