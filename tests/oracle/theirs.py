@@ -141,12 +141,16 @@ def close(a: Tensor, b: Tensor, bound: float = 1e-5) -> None:
     assert error <= bound, error
 
 
-def exchange(name: str, ours: Any, theirs: Any, folder: Path, *, bound: float = 1e-5, make: Any = base) -> Any:
-    """Their trained adapter in our hands, and ours in theirs: same keys, same config, same logits."""
-    start = logits(make(name), name)
+def exchange(
+    name: str, ours: Any, theirs: Any, folder: Path, *, bound: float = 1e-5, make: Any = base, for_peft: Any = None
+) -> Any:
+    """Their trained adapter in our hands, and ours in theirs: same keys, same config, same logits. `for_peft`: the model
+    that peft gets, where it is made in another way."""
+    for_peft = for_peft or make
+    start = logits(for_peft(name), name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        them = quiet_peft(make(name), theirs)
+        them = quiet_peft(for_peft(name), theirs)
         move(them)
         them.save_pretrained(folder / "theirs")
         want = logits(them, name)
@@ -162,6 +166,6 @@ def exchange(name: str, ours: Any, theirs: Any, folder: Path, *, bound: float = 
     same_settings(folder / "ours", folder / "theirs")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        back = peft.PeftModel.from_pretrained(make(name), str(folder / "ours")).eval()
+        back = peft.PeftModel.from_pretrained(for_peft(name), str(folder / "ours")).eval()
     close(logits(us, name), logits(back, name), bound)
     return loaded
