@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -44,8 +44,9 @@ class Forward:
         return output
 
 
-def _blank(cls: type) -> Any:
-    return object.__new__(cls)
+def _blank(cls: type[Any]) -> Any:
+    new: Any = object.__new__(cls)
+    return new
 
 
 class PeftModel(Verbs):
@@ -75,14 +76,11 @@ class PeftModel(Verbs):
         groups.activate(model, adapter_name, trainable=not peft_config.inference_mode)
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
-        tuner = self.__dict__.get("_modules", {}).get("base_model")
+    def __class__(self) -> type[Any]:  # type: ignore[override]
+        tuner: Any = self.__dict__.get("_modules", {}).get("base_model")
         known = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
-        return (
-            type(tuner.model)
-            if tuner is not None and known is not None and isinstance(tuner.model, known)
-            else type(self)
-        )
+        found = tuner.model if tuner is not None else None
+        return cast("type[Any]", type(found if known is not None and isinstance(found, known) else self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # pickle and deepcopy go by the true type
         return _blank, (type(self),), self.__dict__
@@ -91,8 +89,14 @@ class PeftModel(Verbs):
         return super().__repr__().replace(f"{self._get_name()}(", f"{type(self).__name__}(", 1)
 
     @property
-    def forward(self) -> Forward:  # type: ignore[override]
-        return Forward(self)
+    def forward(self) -> Any:  # type: ignore[override]
+        return self.__dict__.get("wrapped_forward") or Forward(self)
+
+    @forward.setter
+    def forward(self, call: Any) -> None:
+        """Mixed precision wraps a model's forward and, in the end, puts the model's own back, bound to the model."""
+        own = isinstance(getattr(call, "__func__", call), Forward)
+        self.__dict__["wrapped_forward"] = None if own else call
 
     def alive(self) -> None:
         if not groups.groups(self.get_base_model()):
@@ -116,7 +120,7 @@ class PeftModel(Verbs):
         return self.peft_config[self.active_adapter]
 
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> Generator[None, None, None]:
         """Within it the model answers as the untouched base, bit for bit, biases and saved modules included."""
         with groups.disabled(self.get_base_model()):
             yield
@@ -137,7 +141,7 @@ class PeftModel(Verbs):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         if config.task_type is None and config.auto_mapping is None:
-            kind = type(model)
+            kind = cast("type[Any]", type(model))
             config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         return groups.attach(model, config, name, full_precision=full_precision, strict=strict)
 
@@ -194,6 +198,8 @@ class PeftModel(Verbs):
             tensors = {re.sub(pattern, new, k): v for k, v in tensors.items()}
         fresh = adapter_name not in groups.groups(model)
         if fresh:
+            if whole := store.saved_whole(model, config, tensors):
+                config = replaced(config, modules_to_save=whole)
             self._attach(adapter_name, config, autocast_adapter_dtype, strict=False)
         group = groups.group(model, adapter_name)
         try:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trimtab.core.config import CONFIG_FILE, method_of
 from trimtab.core.files import write
 from trimtab.core.group import Group
-from trimtab.core.sites import frozen
+from trimtab.core.sites import frozen, layers, matches
 from trimtab.errors import BadCheckpoint
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -129,6 +129,21 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
             f"safetensors.torch.save_file(torch.load({PICKLE_FILE!r}, weights_only=True), {WEIGHTS_FILE!r})"
         )
     return torch.load(pickled, map_location="cpu", weights_only=True)
+
+
+def saved_whole(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> list[str]:
+    """`modules_to_save` as published files mean it: any module whose path ends in the letters of a name, where the file
+    holds it (`pre_classifier` for `classifier`). Those are added by their full path."""
+    modules = dict(layers(model))
+    found: list[str] = []
+    for asked in getattr(config, "modules_to_save", None) or []:
+        ending = [name for name in modules if name.endswith(asked) and not matches(name, [asked])]
+        if not ending or any(matches(name, [asked]) for name in modules):
+            found.append(asked)
+        for name in ending:
+            whole = frozen(modules[name]).state_dict()
+            found += [name] if whole and all(f"{PREFIX}{name}.{k}" in tensors for k in whole) else []
+    return found
 
 
 def load(

@@ -36,6 +36,14 @@ def test_help(run: Callable, args: list[str], words: list[str]) -> None:
     assert [w for w in words if w not in result.output] == [], result.output
 
 
+def test_commands_stand_in_the_order_of_a_first_day(run: Callable) -> None:
+    from trimtab.cli import _DAY, app
+
+    shown = run("--help").output
+    assert sorted(_DAY, key=lambda name: shown.index(f"│ {name} ")) == list(_DAY)
+    assert len(_DAY) == len(app.registered_commands) + len(app.registered_groups)
+
+
 def test_help_of_train_names_every_option(run: Callable) -> None:
     from dataclasses import fields
 
@@ -50,6 +58,9 @@ def test_methods_is_a_table_of_equations(run: Callable) -> None:
     shown = run("methods").output
     assert [m for m in methods() if m not in shown] == []
     assert "W' = W + s B A" in shown and "2106.09685" in shown
+    told = {line.split()[0]: line for line in shown.splitlines() if line.split()[:1] and line.split()[0] in methods()}
+    assert "linear, embedding, conv, norm" in " ".join(told["ia3"].split()) and " yes " in told["ia3"]
+    assert " linear  " in told["vera"] and "the whole model" in told["prompt_tuning"] and " no " in told["prompt_tuning"]
 
 
 def test_methods_of_one_shows_its_options(run: Callable) -> None:

@@ -165,7 +165,8 @@ def test_problems_of_reading_and_of_rows_come_together(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", {"instruction": "a"}, "{broken", {"instruction": "a", "output": ""})
     with pytest.raises(BadRows) as error:
         run(file, val_sources=[tmp_path / "none.jsonl"])
-    assert sorted(p.line for p in error.value.problems) == [0, 1, 2, 3]
+    found = [(Path(p.source).name, p.line) for p in error.value.problems]
+    assert found == [("rows.jsonl", 1), ("rows.jsonl", 2), ("rows.jsonl", 3), ("none.jsonl", 0)]
 
 
 def test_what_the_template_refuses_is_reported_for_every_row(tmp_path: Path) -> None:

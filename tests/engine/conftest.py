@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -12,5 +13,6 @@ import torch
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()  # trainers collect garbage after each run: what is imported need not be looked through again
     yield
     torch.set_num_threads(before)

@@ -50,11 +50,36 @@ def load(folder: Path, quant: str = "nf4") -> nn.Module:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("lora", {"r": 4}), ("lora", {"r": 4, "use_rslora": True}), ("ia3", {}), ("vera", {"r": 4})],
+    [
+        ("lora", {"r": 4}),
+        ("lora", {"r": 4, "use_rslora": True}),
+        ("ia3", {}),
+        ("oft", {"oft_block_size": 8}),
+        ("vera", {"r": 4}),
+        ("prompt_tuning", {"num_virtual_tokens": 3}),
+        ("prefix_tuning", {"num_virtual_tokens": 3}),
+    ],
     ids=str,
 )
 def test_exchange_on_four_bit(method: str, options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     exchange("llama", *configs(method, "llama", **options), tmp_path, bound=2e-2, make=lambda _: load(folder))
+
+
+def test_dora_on_four_bit_is_peft_s_on_the_weights_that_the_codes_stand_for(folder: Path, tmp_path: Path) -> None:
+    """peft's own DoRA on 4 bit reads what bitsandbytes has repacked on a CPU with AVX512-BF16."""
+
+    def dense(name: str) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        model, quantised = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), load(folder)
+        with torch.no_grad():
+            for path, layer in quantised.named_modules():
+                if type(layer).__name__ == "Linear4bit":
+                    model.get_submodule(path).weight.copy_(port(layer).weight())
+        return model
+
+    ours, theirs = configs("dora", "llama", r=4)
+    exchange("llama", ours, theirs, tmp_path, bound=2e-2, make=lambda _: load(folder), for_peft=dense)
 
 
 def test_counting_on_four_bit_is_peft_s(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,15 +150,18 @@ def exchange(
     *,
     bound: float = 1e-5,
     make: Any = base,
+    for_peft: Any = None,
     answer: Any = logits,
     extra: str = " ",
 ) -> Any:
-    """Their trained adapter in our hands, and ours in theirs: same keys, same config, same logits. `extra`: a regex of keys
-    that one of the two writes alone. `bound` is relative to the largest answer where that is above 1."""
-    start = answer(make(name), name)
+    """Their trained adapter in our hands, and ours in theirs: same keys, same config, same logits. `for_peft`: the model
+    that peft gets, where it is made in another way. `extra`: a regex of keys that one of the two writes alone. `bound` is
+    relative to the largest answer where that is above 1."""
+    for_peft = for_peft or make
+    start = answer(for_peft(name), name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        them = quiet_peft(make(name), theirs)
+        them = quiet_peft(for_peft(name), theirs)
         move(them)
         them.save_pretrained(folder / "theirs")
         want = answer(them, name)
@@ -179,6 +182,6 @@ def exchange(
     same_settings(folder / "ours", folder / "theirs")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        back = peft.PeftModel.from_pretrained(make(name), str(folder / "ours")).eval()
+        back = peft.PeftModel.from_pretrained(for_peft(name), str(folder / "ours")).eval()
     close(answer(us, name), answer(back, name), bound)
     return loaded

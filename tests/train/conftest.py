@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,5 +26,6 @@ def one_thread() -> Iterator[None]:
     """Layers of 32 units: a second thread only waits, for long on a machine that others use too."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()  # trainers collect garbage after each run: what is imported need not be looked through again
     yield
     torch.set_num_threads(before)

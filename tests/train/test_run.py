@@ -77,7 +77,8 @@ def test_run_json(finished: tuple[Path, str], rows: Path) -> None:
     per_epoch, supervised = record["data"]["train"]["tokens"], record["data"]["train"]["supervised_tokens"]
     assert per_epoch < record["tokens_seen"] < 2 * per_epoch
     assert supervised < record["supervised_tokens"] < 2 * supervised
-    assert 0.5 * record["tokens_seen"] < record["tokens_computed"] < record["tokens_seen"]  # rows begin alike
+    # the chat template opens every row with the same tokens, which a step computes once
+    assert 0.5 * record["tokens_seen"] < record["tokens_computed"] < record["tokens_seen"]
     assert record["tokens_per_second"] == pytest.approx(record["tokens_seen"] / record["train_seconds"], rel=0.01)
     assert record["final_loss"] < record["first_loss"]
     assert record["eval_loss"] < record["eval_loss_before"]

@@ -196,3 +196,41 @@ def test_every_method_passes_the_audits_and_learns(tmp_path: Path, method: str, 
     found = tiny.losses(trainer)
     assert found[0] == pytest.approx(expected, abs=1e-5)
     assert found[-1] < found[0]
+
+
+def test_what_predicts_the_next_token() -> None:
+    """Named by transformers, or tried: GPT-2 has no name for its loss."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        GPT2Model,
+        LlamaForSequenceClassification,
+        XLNetConfig,
+        XLNetLMHeadModel,
+    )
+
+    from trimtab.train.objectives.sft import predicts_next
+
+    small = dict(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    gpt2 = GPT2LMHeadModel(GPT2Config(**small)).train()
+    assert predicts_next(gpt2) and gpt2.training
+    assert predicts_next(tiny.llama())
+    other = XLNetLMHeadModel(XLNetConfig(vocab_size=61, d_model=32, n_layer=1, n_head=4, d_inner=32))  # labels not shifted
+    for model in (GPT2Model(GPT2Config(**small)), LlamaForSequenceClassification(tiny.llama().config), other):
+        assert not predicts_next(model)
+    assert not predicts_next(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_mixed_precision(tmp_path: Path, wrapped: bool) -> None:
+    """accelerate replaces the forward of the model that it prepares, a PeftModel's too, and gives it back at the end."""
+    examples, model = tiny.rows(24), tiny.adapted()
+    found = trained(tmp_path / "a", examples, model if wrapped else tiny.base(model), max_steps=3, bf16=True)
+    exact = trained(tmp_path / "b", examples, max_steps=3)
+    assert tiny.losses(found) == pytest.approx(tiny.losses(exact), abs=1e-2)
+    assert tiny.losses(found) != pytest.approx(tiny.losses(exact), abs=1e-6), "autocast was on"
+    plain = found.accelerator.unwrap_model(found.model_wrapped, keep_fp32_wrapper=False)
+    with torch.no_grad():
+        assert plain(input_ids=torch.tensor([[5, 6, 7]])).logits.dtype == torch.float32
+        both = [m(input_ids=torch.tensor([[5, 6, 7]])).logits for m in (plain, tiny.base(model))]
+    assert torch.equal(*both)

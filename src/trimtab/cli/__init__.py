@@ -9,6 +9,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from trimtab.cli import chat, data, demo, merge, methods, screen, sites, train
 
+_DAY = ("demo", "data", "train", "chat", "merge", "methods", "sites")
+
 
 class Commands(TyperGroup):
     """All commands: in the order of a first day, with errors as messages."""
@@ -19,7 +21,7 @@ class Commands(TyperGroup):
         raise typer.Exit(codes[0])
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(self.commands)
+        return sorted(self.commands, key=lambda name: _DAY.index(name) if name in _DAY else len(_DAY))
 
 
 class Generated(TyperCommand):

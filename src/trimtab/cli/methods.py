@@ -20,6 +20,9 @@ from trimtab.train.options import TrainOptions
 if TYPE_CHECKING:
     from trimtab.core.config import Method
 
+AFTER = """
+acts on: linear layers are torch's, transformers' Conv1D and 4-bit ones alike; conv is 1d, 2d and 3d.
+merges: the adapter can be written into the weights. Options of one: trimtab methods lora"""
 _PAPER = re.compile(r"\s*(?:arXiv:)?(\d{4}\.\d{4,5}(?:v\d+)?)")
 _REFERENCE = re.compile(r"\s{2,}arXiv:.*$")
 
@@ -35,16 +38,15 @@ def methods(
     from trimtab.core.config import methods as names
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("method", "equation", "paper", "merges", "config"):
-        table.add_column(column, no_wrap=column != "equation")
+    for column in ("method", "equation", "acts on", "merges", "paper", "config"):
+        table.add_column(column, no_wrap=column not in ("equation", "acts on"))
     for method in map(load, names()):
         equation, papers = formula(method.adapter)
-        switch = f", {method.switch}=true" if method.switch else ""
-        config = f"{method.config.__name__}{switch}"
-        table.add_row(Text(method.name, "bold"), Text(equation), ", ".join(papers), _merges(method), config)
+        switch = f"\n{method.switch}=true" if method.switch else ""
+        config, acts = f"{method.config.__name__}{switch}", ", ".join(_acts_on(method))
+        table.add_row(Text(method.name, "bold"), Text(equation), acts, _merges(method), "\n".join(papers), config)
     out.print(table)
-    after = "\nmerges: the adapter can be written into the weights. Options of one: trimtab methods lora"
-    out.print(Text(after, "dim"))
+    out.print(Text(AFTER, "dim"))
 
 
 def _one(name: str, out: Console) -> None:
@@ -94,6 +96,29 @@ def formula(adapter: type) -> tuple[str, list[str]]:
     reference = _REFERENCE.search(first)
     papers = _PAPER.findall(reference.group()) if reference else []
     return re.sub(r"\s{3,}", "  ", _REFERENCE.sub("", first)).strip(), papers
+
+
+def _acts_on(method: Method) -> list[str]:
+    """The kinds of layers that it builds on, found by building it on one of each."""
+    from torch import nn
+
+    from trimtab.core.adapter import Adapter, Site
+    from trimtab.core.base import port
+    from trimtab.core.config import config_for
+    from trimtab.errors import NotSupported
+
+    if not issubclass(method.adapter, Adapter):
+        return ["the whole model"]
+    cfg, found = config_for(method.name, **method.small, target_modules=["layer"]), []
+    for layer in (nn.Linear(8, 8), nn.Embedding(8, 8), nn.Conv2d(8, 8, 1), nn.LayerNorm(8)):
+        site = Site("layer", port(layer))
+        try:
+            shared = method.adapter.share(cfg, [site])
+            method.adapter(cfg, dataclasses.replace(site, shared=shared))
+            found.append(site.kind)
+        except NotSupported:
+            continue
+    return found
 
 
 def _merges(method: Method) -> str:

@@ -1,5 +1,7 @@
 """A frozen layer seen through its dense weight, and the registry of storage formats."""
 
+# pyright: reportPrivateUsage=false
+# (torch keeps the weights of a layer in `_parameters`, the one place where they can be exchanged in a copy)
 from __future__ import annotations
 
 import copy

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from trimtab.errors import BadCheckpoint, ConfigError, NotSupported, TrimtabWarning, nearest
 
@@ -58,8 +58,9 @@ class PeftConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"peft_type": self.peft_type} | {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        sets: dict[str, set[str]] = {k: v for k, v in values.items() if isinstance(v, set)}
+        return {"peft_type": self.peft_type} | values | {k: sorted(v) for k, v in sets.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`: keys sorted, `inference_mode` true, so that loading gives a frozen adapter."""
@@ -96,11 +97,12 @@ class PeftConfig:
         if not path.is_file():
             raise BadCheckpoint(f"no {CONFIG_FILE} in {path.parent}: is this an adapter folder?")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            read: Any = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BadCheckpoint(f"{path}: not JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise BadCheckpoint(f"{path}: a JSON object is expected, found {type(values).__name__}")
+        if not isinstance(read, dict):
+            raise BadCheckpoint(f"{path}: a JSON object is expected, found {type(read).__name__}")
+        values = cast("dict[str, Any]", read)
         known = {k: v for k, v in kwargs.items() if values.get(k) is None}
         config = cls.from_dict(values | known, str(path))
         if not isinstance(config, cls):
@@ -110,7 +112,9 @@ class PeftConfig:
 
 def default_like(value: Any) -> bool:
     """Null, false, empty, or a dict of such: a key from another version with such a value says nothing."""
-    return not value or (isinstance(value, dict) and all(default_like(v) for v in value.values()))
+    if isinstance(value, dict):
+        return all(map(default_like, cast("dict[Any, Any]", value).values()))
+    return not value
 
 
 def one_of(name: str, value: Any, allowed: list[Any]) -> Any:
@@ -168,9 +172,9 @@ class Method:
     """A registered method: `lora`, or a variant of one such as `dora`, which a field of the config switches on."""
 
     name: str
-    adapter: type
+    adapter: type[Any]
     config: type[PeftConfig]
-    small: dict[str, Any] = field(default_factory=dict)  # fields that make it fit tiny test layers
+    small: dict[str, Any] = field(default_factory=dict[str, Any])  # fields that make it fit tiny test layers
     switch: str | None = None  # the field that switches the variant on
 
 

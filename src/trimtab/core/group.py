@@ -5,11 +5,13 @@ tensors belong to the model's modules: a site's to its `AdapterLayer`, shared on
 method's to the model's child `prompt_encoder`.
 """
 
+# pyright: reportPrivateUsage=false
+# (torch keeps the children of a module in `_modules`, the one place where one can be exchanged)
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,16 +112,18 @@ def attach(
         )
     chosen, new = method_of(cfg), Group(name, cfg)
     plan: dict[str, list[tuple[Site, Adapter]]] = {}
+    names = saved_modules(model, cfg, fresh=strict)
+    saved = find_saved(model, names, cfg)
     if issubclass(chosen.adapter, ModelAdapter):
         new.adapter = chosen.adapter(cfg, model)
     else:
-        sites = find_sites(model, cfg, name, strict=strict)
+        sites = find_sites(model, cfg, saved, name, strict=strict)
         new.shared = chosen.adapter.share(cfg, sites)
         for site in (dataclasses.replace(s, shared=new.shared) for s in sites):
             plan[site.name] = [(site, chosen.adapter(cfg, site))]
-    if heads := saved_modules(cfg):
-        cfg.modules_to_save = heads  # type: ignore[attr-defined]
-    for path, module in find_saved(model, cfg).items():
+    if names:
+        cfg.modules_to_save = names  # type: ignore[attr-defined]
+    for path, module in saved.items():
         site = Site(path, Opaque(frozen(module)), name)
         plan.setdefault(path, []).append((site, FullTune(site)))
     _plan_biases(model, cfg, new, plan)
@@ -271,7 +275,7 @@ def disable(model: nn.Module, off: bool = True) -> None:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> Generator[None, None, None]:
     before = any(g.disabled for g in groups(model).values())
     disable(model, True)
     try:

@@ -123,7 +123,7 @@ class AdapterLayer(nn.Module):
         try:
             return getattr(modules["base_layer"], name)
         except AttributeError:
-            found = {}
+            found: dict[str, Any] = {}
             for key, adapter in modules["adapters"].items():
                 try:
                     found[key] = adapter.find(name)

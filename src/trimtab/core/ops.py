@@ -11,7 +11,7 @@ three lines of a method serve a Linear, a Conv1D, an Embedding and a ConvNd.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class EmbeddingOp(Op):
     def __call__(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         assert b is None
         layer: Any = self.layer
-        if type(layer).forward is not nn.Embedding.forward:  # scaled embeddings, as Gemma's
+        if cast(Any, type(layer)).forward is not nn.Embedding.forward:  # scaled embeddings, as Gemma's
             return torch.func.functional_call(layer, {"weight": w.T}, (x,))
         return F.embedding(x, w.T, layer.padding_idx)
 
@@ -76,7 +76,8 @@ class ConvOp(Op):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
         self.groups: int = layer.groups  # type: ignore[assignment]
-        self.dims = layer.weight.dim() - 2  # type: ignore[union-attr,operator]
+        weight: Any = layer.weight
+        self.dims: int = weight.dim() - 2
         self.conv = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
 
     def __call__(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -90,7 +91,7 @@ class ConvOp(Op):
         return self.conv(y, m.view(*m.shape, *[1] * self.dims), groups=self.groups)
 
     def full(self, m: Tensor) -> Tensor:
-        return m if self.groups == 1 else torch.block_diag(*m.chunk(self.groups))
+        return m if self.groups == 1 else cast(Any, torch).block_diag(*m.chunk(self.groups))
 
     def inp(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.dims)

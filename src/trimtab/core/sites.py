@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -20,10 +20,14 @@ from trimtab.errors import ConfigError, NoMatch, NotSupported, TrimtabWarning, n
 ALL_LINEAR = "all-linear"
 
 
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return cast("Iterator[tuple[str, nn.Module]]", model.named_modules())  # torch leaves its type open
+
+
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module of the model under its original path, adapted layers as themselves, nothing of the adapters."""
     inside = " "
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if f"{name}.".startswith((inside, "prompt_encoder.")):
             continue
         if isinstance(module, AdapterLayer):
@@ -49,37 +53,41 @@ def matches(name: str, pattern: list[str] | str) -> bool:
     return any(ends_with(name, p) for p in pattern)
 
 
-def saved_modules(cfg: Any) -> list[str]:
-    """`modules_to_save` and the head that the task makes afresh."""
-    return list(dict.fromkeys([*(getattr(cfg, "modules_to_save", None) or []), *HEADS.get(cfg.task_type or "", [])]))
+def saved_modules(model: nn.Module, cfg: Any, *, fresh: bool) -> list[str]:
+    """`modules_to_save` and the head that the task makes afresh: by its usual names, and, for a fresh adapter, whatever
+    stands beside the model's body. A published file names what it holds."""
+    usual = HEADS.get(cfg.task_type or "", [])
+    body, beside = getattr(model, "base_model", None), []
+    if fresh and usual and isinstance(body, nn.Module) and body is not model:
+        own = (child for child in model.named_children() if child[0] != "prompt_encoder" and child[1] is not body)
+        beside = [name for name, child in own if any(True for _ in child.parameters())]
+    return list(dict.fromkeys([*(getattr(cfg, "modules_to_save", None) or []), *usual, *beside]))
 
 
-def find_saved(model: nn.Module, cfg: Any) -> dict[str, nn.Module]:
-    """The modules to train in full, by path, outermost only. One that is asked for and not there raises."""
-    asked, heads = getattr(cfg, "modules_to_save", None) or [], HEADS.get(cfg.task_type or "", [])
+def find_saved(model: nn.Module, names: list[str], cfg: Any) -> dict[str, nn.Module]:
+    """The modules to train in full, by path, outermost only. One that is asked for and not there raises; of the usual
+    names of heads any may be missing."""
     found: dict[str, nn.Module] = {}
     for name, module in layers(model):
-        if (
-            name
-            and any(ends_with(name, m) for m in [*asked, *heads])
-            and not any(name.startswith(f"{f}.") for f in found)
-        ):
+        inside = any(name.startswith(f"{f}.") for f in found)
+        if name and not inside and any(ends_with(name, m) for m in names):
             found[name] = module
-    missing = [m for m in asked if not any(ends_with(n, m) for n in found)]
-    if missing := [m for m in missing if m not in heads]:
+    usual = HEADS.get(cfg.task_type or "", [])
+    if missing := [m for m in names if m not in usual and not any(ends_with(n, m) for n in found)]:
         leaves = {n.rpartition(".")[2] for n, _ in layers(model)}
         raise NoMatch(f"modules_to_save names no module: {', '.join(map(repr, missing))}.{nearest(missing[0], leaves)}")
     return found
 
 
-def find_sites(model: nn.Module, cfg: Any, adapter: str = "default", *, strict: bool = True) -> list[Site]:
-    """The layers that get an adapter, in model order.
+def find_sites(
+    model: nn.Module, cfg: Any, saved: dict[str, nn.Module], adapter: str = "default", *, strict: bool = True
+) -> list[Site]:
+    """The layers that get an adapter, in model order; none in the modules that are `saved` whole.
 
     strict: each name in `target_modules` must match; off when a published config is loaded, where the tensors decide.
     Raises `NoMatch` with the nearest name, and `NotSupported` for a layer that cannot carry the method.
     """
     target = _targets(model, cfg)
-    saved = find_saved(model, cfg)
     head = _output_embedding(model) if target == ALL_LINEAR else None
     heads = _mha_projections(model)
     found: list[Site] = []
@@ -107,7 +115,8 @@ def _complete(model: nn.Module, cfg: Any, target: list[str] | str, found: list[S
     """Write into the config what the model decided, so that its file says it and no reader needs the tables."""
     if cfg.target_modules is None:
         cfg.target_modules = target
-    for field, table in method_of(cfg).adapter.defaults.items():
+    defaults: dict[str, dict[str, list[str]]] = getattr(method_of(cfg).adapter, "defaults", {})
+    for field, table in defaults.items():
         if getattr(cfg, field) is None:
             names = table.get(_model_type(model), [])
             chosen = [t for t in target if any(ends_with(t, n) for n in names)] if isinstance(target, list) else names
@@ -135,8 +144,8 @@ def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
             ) from None
         return target
     kind, adapter = _model_type(model), method_of(cfg).adapter
-    table = TARGETS if adapter.targets is None else adapter.targets
-    if isinstance(kind, str) and kind in table:
+    table: dict[str, list[str]] = TARGETS if adapter.targets is None else adapter.targets
+    if kind in table:
         return list(table[kind])
     if (aimed := adapter.aim(model)) is not None:
         return aimed
@@ -153,7 +162,7 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def _mha_projections(model: nn.Module) -> set[str]:
-    return {f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    return {f"{name}.out_proj" for name, module in _modules(model) if isinstance(module, nn.MultiheadAttention)}
 
 
 def _in_layers(name: str, cfg: Any, target: list[str] | str) -> bool:
@@ -193,7 +202,8 @@ def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site
             f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
         )
     for field in (f for f, value in vars(cfg).items() if f.endswith("_pattern") and isinstance(value, dict)):
-        for pattern in getattr(cfg, field):
+        patterns: dict[str, Any] = getattr(cfg, field)
+        for pattern in patterns:
             if strict and not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in found):
                 raise NoMatch(
                     f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}"

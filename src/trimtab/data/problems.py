@@ -50,12 +50,18 @@ class Problems:
         """Raise `BadRows` with the first 20 problems in full and the rest counted by cause."""
         if not self.found:
             return
-        files = len({p.source.partition("[")[0] for p in self.found})
-        count = len(self.found)
+        order = {name: i for i, name in enumerate(dict.fromkeys(map(_file, self.found)))}
+        found = sorted(self.found, key=lambda p: (order[_file(p)], p.line))  # as they stand in each file
+        files, count = len(order), len(found)
         where = f" in {files} files" if files > 1 else ""
         lines = [f"{count:,} problem{'s' if count > 1 else ''} in the data{where}:"]
-        lines += [f"  {p}" for p in self.found[:SHOWN]]
-        if rest := self.found[SHOWN:]:
+        lines += [f"  {p}" for p in found[:SHOWN]]
+        if rest := found[SHOWN:]:
             lines.append(f"  and {len(rest):,} more:")
             lines += [f"    {n:,} x {kind}" for kind, n in Counter(p.kind for p in rest).most_common()]
-        raise BadRows("\n".join(lines), self.found)
+        raise BadRows("\n".join(lines), found)
+
+
+def _file(problem: Problem) -> str:
+    """Rows of an array on one line are called `rows.json[3]`."""
+    return problem.source.partition("[")[0]

@@ -150,7 +150,8 @@ def _bounded(report: MergeReport, console: Console) -> None:
         f"logits differ by {d.maximum:.2g} at most, {d.mean:.2g} on average ({100 * d.relative:.2g} % of their spread; "
         f"allowed {100 * report.tolerance:g} %), same first choice at {100 * d.agreement:.1f} % of {d.positions:,}"
     )
-    console.print(Text.assemble(("verified  ", "bold"), f"merged against adapter on {d.probes} probes: {line}"))
+    said = Text.assemble(("verified  ", "bold"), f"merged against adapter on {d.probes} probes: {line}")
+    console.print(said, soft_wrap=True)
     if not d.relative <= report.tolerance:
         raise NotMergeable(
             f"the merged model is not the adapter: {line}. Nothing was written. "

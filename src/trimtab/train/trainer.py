@@ -16,7 +16,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -28,7 +27,7 @@ from trimtab.train import checkpoint, layouts
 from trimtab.train.audits import StepAudit, some_labels, trainable
 from trimtab.train.batches import EXAMPLES, ROWS, Collator, Together
 from trimtab.train.checkpoint import Counts
-from trimtab.train.objectives.sft import row_losses, supervised, takes_positions
+from trimtab.train.objectives.sft import predicts_next, row_losses, supervised, takes_positions
 from trimtab.train.packing import Packing, remembered
 
 SAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed")
@@ -50,10 +49,8 @@ class Trainer(transformers.Trainer):
     def __init__(self, *args: Any, packing: Packing | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         base: Any = self.base()
-        config = getattr(base, "config", None)
-        shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
         another = self.compute_loss_func is not None or self.label_smoother is not None
-        self.decoder = shifts and not getattr(config, "is_encoder_decoder", False) and not another
+        self.decoder = not another and predicts_next(base)
         self._sparse = self.decoder and takes_positions(base.forward)
         if self.decoder:
             self.label_names = ["labels"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 IGNORE = -100
 
@@ -28,6 +30,27 @@ def row_losses(model: nn.Module, batch: dict[str, Any], *, sparse: bool) -> Tens
         logits = model(**inputs).logits[:, -labels.shape[1] :]  # (B, T, V)
     loss = F.cross_entropy(logits[rows, columns].float(), labels[:, 1:][wanted], reduction="none")
     return loss.new_zeros(len(labels)).index_add(0, rows, loss)
+
+
+def predicts_next(model: Any) -> bool:
+    """Whether a model's loss is that of the next token: by the loss that transformers names for it, or tried on a row of a
+    model that it has no name for, as GPT-2."""
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return False
+    named = getattr(model, "loss_type", None)
+    if named is not None or getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return LOSS_MAPPING.get(named or "") is ForCausalLMLoss
+    ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
+    training = model.training
+    try:
+        with torch.no_grad():
+            out = model.eval()(input_ids=ids, labels=ids)
+        return bool(torch.isclose(out.loss, F.cross_entropy(out.logits[0, -8:-1].float(), ids[0, 1:]), rtol=1e-2))
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False
+    finally:
+        model.train(training)
 
 
 def supervised(labels: Tensor) -> Tensor:
