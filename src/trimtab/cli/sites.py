@@ -45,8 +45,14 @@ def adapted(settings: Settings) -> Any:
     from trimtab.train.check import adapter_options
 
     options = settings.options
-    return get_peft_model(skeleton(options.model, options.trust_remote_code),
-                          config_for(options.adapter, **adapter_options(options)))  # fmt: skip
+    config = config_for(options.adapter, **adapter_options(options))
+    try:
+        return get_peft_model(skeleton(options.model, options.trust_remote_code), config)
+    except NotImplementedError as error:  # torch's, where a value is asked of a tensor that has none
+        raise ConfigError(
+            f"what {options.adapter} trains depends on the weights themselves, and `trimtab sites` reads none: "
+            f"the line `adapter` of `trimtab train` counts it"
+        ) from error
 
 
 def skeleton(name: str, trust_remote_code: bool) -> Any:
