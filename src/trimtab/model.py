@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-import trimtab.fused  # noqa: F401 - registers the faster forms
+import trimtab.fused  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers the faster forms
 from trimtab import store
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
@@ -89,11 +89,11 @@ class PeftModel(Verbs):
         return super().__repr__().replace(f"{self._get_name()}(", f"{type(self).__name__}(", 1)
 
     @property
-    def forward(self) -> Any:  # type: ignore[override]
+    def forward(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.__dict__.get("wrapped_forward") or Forward(self)
 
     @forward.setter
-    def forward(self, call: Any) -> None:
+    def forward(self, call: Any) -> None:  # type: ignore[override]
         """Mixed precision wraps a model's forward and, in the end, puts the model's own back, bound to the model."""
         own = isinstance(getattr(call, "__func__", call), Forward)
         self.__dict__["wrapped_forward"] = None if own else call

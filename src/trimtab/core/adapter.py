@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -167,7 +167,7 @@ def fused(adapter: type[Adapter], *bases: type[Base]) -> Callable[[Fused], Fused
 
 
 @contextmanager
-def unfused() -> Iterator[None]:
+def unfused() -> Generator[None]:
     """Within it every adapter answers by its own `forward`."""
     global _fused_on
     before, _fused_on = _fused_on, False

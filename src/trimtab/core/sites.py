@@ -201,8 +201,9 @@ def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site
             f"no module matches target {', '.join(map(repr, missing))}{f' with {limits}' if limits else ''}."
             f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
         )
-    for field in (f for f, value in vars(cfg).items() if f.endswith("_pattern") and isinstance(value, dict)):
-        patterns: dict[str, Any] = getattr(cfg, field)
+    fields = cfg.to_dict()
+    for field in (f for f, value in fields.items() if f.endswith("_pattern") and isinstance(value, dict)):
+        patterns: dict[str, Any] = fields[field]
         for pattern in patterns:
             if strict and not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in found):
                 raise NoMatch(

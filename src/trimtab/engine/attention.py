@@ -103,7 +103,7 @@ class _Part:
         dp = dy @ self.v.mT
         if self.rule.sinks is not None:
             dp = torch.cat([dp, dp.new_zeros(*dp.shape[:2], 1)], 2)
-        ds = torch._softmax_backward_data(dp, p, 2, p.dtype)[..., : self.block.seen]
+        ds = torch.ops.aten._softmax_backward_data(dp, p, 2, p.dtype)[..., : self.block.seen]
         ds = ds * self.rule.slope(scores) if self.rule.softcap else ds
         return ds @ self.k * self.rule.scaling, ds.mT @ self.q, p[..., : self.block.seen].mT @ dy
 

@@ -6,9 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from trimtab.errors import ConfigError
@@ -45,7 +45,7 @@ class Compiled:
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The layers that transformers names as not to be split, of the most frequent kind."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
+    names: set[str] = set(getattr(model, "_no_split_modules", None) or ())
     found: dict[type, list[nn.Module]] = {}
     for module in model.modules():
         if type(module).__name__ in names:
@@ -60,7 +60,7 @@ def choose(choice: Choice, model: Any, tokens: float) -> tuple[Compiled | None, 
     """
     if choice == "off":
         return None, "off, as asked"
-    device = next(model.parameters()).device.type
+    device: str = next(model.parameters()).device.type
     missing = _missing(device)
     if choice == "on":
         if missing:
@@ -79,6 +79,6 @@ def choose(choice: Choice, model: Any, tokens: float) -> tuple[Compiled | None, 
 def _missing(device: str) -> str:
     if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
         return "no C++ compiler is found"
-    if device == "cuda" and not torch.utils._triton.has_triton():
+    if device == "cuda" and find_spec("triton") is None:
         return "triton is not installed"
     return ""

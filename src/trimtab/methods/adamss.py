@@ -74,7 +74,7 @@ class AdaMSS(Adapter):
             self.register_buffer(name, tensor, persistent=name != "on")
         self.remembers = ("on", *track(self)) if cfg.use_asa and not cfg.inference_mode else ()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self: Any) -> tuple[Tensor, Tensor]:
         """N (R, in + 1) and C (out, R). What is trained no more is a constant, so that no optimizer moves it."""
         on = self.on.tolist() if self.asa and torch.is_grad_enabled() else [True] * len(self.on)
         parts = (B @ A if live else (B @ A).detach() for A, B, live in zip(self.adamss_A, self.adamss_B, on, strict=True))
