@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,7 +13,6 @@ from rich.text import Text
 from trimtab.cli import help, screen
 from trimtab.cli.settings import Settings, resolve
 from trimtab.cli.train import CONFIG, need, tell_notes, wants_help
-from trimtab.errors import ConfigError
 
 USAGE = "trimtab sites MODEL [--adapter lora] [--target_modules q_proj,v_proj] [ADAPTER OPTIONS]"
 ABOUT = """
@@ -43,26 +41,11 @@ def adapted(settings: Settings) -> Any:
     from trimtab.core.config import config_for
     from trimtab.model import get_peft_model
     from trimtab.train.check import adapter_options
+    from trimtab.train.load import skeleton
 
     options = settings.options
-    return get_peft_model(skeleton(options.model, options.trust_remote_code),
+    return get_peft_model(skeleton(options.model, trust_remote_code=options.trust_remote_code),
                           config_for(options.adapter, **adapter_options(options)))  # fmt: skip
-
-
-def skeleton(name: str, trust_remote_code: bool) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from trimtab.train.load import model_folder
-
-    path = Path(name).expanduser()
-    folder = path if (path / "config.json").is_file() else model_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _show(model: Any, settings: Settings, out: Console) -> None:
