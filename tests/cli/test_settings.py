@@ -302,9 +302,10 @@ def test_a_field_of_another_adapter() -> None:
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
-    config = yaml(tmp_path, "lerning_rate: 1\nmax_length: long\n")
+    config = yaml(tmp_path, "lerning_rate: 1\nmax_length: long\nr: 4\nr: 8\n")
     assert problem(["--config", config, "--seed", "x"]).replace(config, "run.yaml") == (
-        "3 problems:\n"
+        "4 problems:\n"
+        "  run.yaml:4: r is given twice (first on line 3); keep one\n"
         "  run.yaml:1: unknown option 'lerning_rate'. Did you mean 'learning_rate'?\n"
         "  run.yaml:2: max_length: expected a whole number, got 'long'\n"
         "  --seed: seed: expected a whole number, got 'x'"

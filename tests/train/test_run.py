@@ -176,6 +176,17 @@ def test_another_adapter_than_the_one_to_start_from_is_refused(
         ran(options(model_folder, rows, tmp_path / "out", init_adapter=str(finished[0]), **over))
 
 
+def test_a_wrong_target_is_found_before_weights_are_read(
+    model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.train import load
+
+    monkeypatch.setattr(load, "load_model", None)
+    wrong = options(model_folder, rows, tmp_path, learning_rate=-1.0, adapter_options={"target_modules": ["q_prj"]})
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*above 0.*Did you mean 'q_proj'\?"):
+        run(wrong)
+
+
 def test_an_adapter_of_another_method_is_told_by_its_name(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     first = options(model_folder, rows, tmp_path / "first", adapter="ia3", max_steps=1, val_size=0)
     _, said = ran(first)

@@ -48,7 +48,9 @@ def resolve(args: list[str], extras: dict[str, Extra] | None = None, *, position
     flags, words = reader.flags(args)
     from_file: list[Given] = []
     for config in [g for g in flags if g.key == "config"]:
-        from_file += read_yaml(Path(str(config.value)))
+        given, problems = read_yaml(Path(str(config.value)))
+        from_file += given
+        reader.problems += problems
     if words:
         flags.append(Given(positional, words if positional == "dataset" else words[0], "the command line"))
         if positional != "dataset" and len(words) > 1:

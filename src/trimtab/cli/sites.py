@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -43,32 +42,17 @@ def adapted(settings: Settings) -> Any:
     from trimtab.core.config import config_for
     from trimtab.model import get_peft_model
     from trimtab.train.check import adapter_options
+    from trimtab.train.load import skeleton
 
     options = settings.options
     config = config_for(options.adapter, **adapter_options(options))
     try:
-        return get_peft_model(skeleton(options.model, options.trust_remote_code), config)
+        return get_peft_model(skeleton(options.model, trust_remote_code=options.trust_remote_code), config)
     except NotImplementedError as error:  # torch's, where a value is asked of a tensor that has none
         raise ConfigError(
             f"what {options.adapter} trains depends on the weights themselves, and `trimtab sites` reads none: "
             f"the line `adapter` of `trimtab train` counts it"
         ) from error
-
-
-def skeleton(name: str, trust_remote_code: bool) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from trimtab.train.load import model_folder
-
-    path = Path(name).expanduser()
-    folder = path if (path / "config.json").is_file() else model_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _show(model: Any, settings: Settings, out: Console) -> None:

@@ -32,13 +32,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path) -> list[Given]:
-    """The file's options in order. A key given twice is an error: it has no right answer."""
+def read_yaml(path: Path) -> tuple[list[Given], list[str]]:
+    """The file's options in order, and its problems. A key given twice is one: it has no right answer."""
     loader = _Loader(_text(path))
     try:
         root = loader.get_single_node()
         if root is None:
-            return []
+            return [], []
         if not isinstance(root, yaml.MappingNode):
             kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
             raise ConfigError(f"{path}:1: expected `option: value` lines, found {kind}")
@@ -48,7 +48,8 @@ def read_yaml(path: Path) -> list[Given]:
             line = key_node.start_mark.line + 1
             if key in seen:
                 problems.append(f"{path}:{line}: {key} is given twice (first on line {seen[key]}); keep one")
-            seen.setdefault(key, line)
+                continue
+            seen[key] = line
             given.append(Given(key, loader.construct_object(value_node, deep=True), f"{path}:{line}"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -60,9 +61,7 @@ def read_yaml(path: Path) -> list[Given]:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     finally:
         loader.dispose()
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return given
+    return given, problems
 
 
 def _text(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from trimtab.core.files import try_folder
 from trimtab.data import Problems
 from trimtab.data.sources import find
 from trimtab.errors import ConfigError, TrimtabError, nearest
+from trimtab.model import get_peft_model
 from trimtab.train import batches, checkpoint, load
 from trimtab.train.options import TrainOptions
 
@@ -49,7 +51,9 @@ ABOVE_ZERO = {"learning_rate": "2e-4 suits most adapters", "num_train_epochs": "
 def check(options: TrainOptions) -> None:
     """Raise `ConfigError` with every problem of the options. Nothing is written, nothing is loaded."""
     problems = [*_missing(options), *_numbers(options), *_choices(options), *_evaluation(options)]
-    for look in (_model, _adapter, _output, _start):
+    unknown = [*_said(_model, options), *_said(_adapter, options)]
+    problems += unknown or _said(_sites, options)
+    for look in (_output, _start):
         problems += _said(look, options)
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} problems:\n  "
@@ -144,6 +148,22 @@ def _adapter(o: TrainOptions) -> None:
         raise ConfigError(
             f"init_adapter {o.init_adapter} was made with other options ({'; '.join(changed)}); leave them out"
         )
+
+
+def _sites(o: TrainOptions) -> None:
+    """The adapter on the model's shape alone: a target that names nothing is found before weights are read."""
+    if o.init_adapter is not None:
+        return
+    try:
+        shape = load.skeleton(o.model, trust_remote_code=o.trust_remote_code)
+    except Exception:  # code of the folder's own may want weights; loading them says what is wrong
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the run itself does it
+        try:
+            get_peft_model(shape, config_for(o.adapter, **adapter_options(o)))
+        except NotImplementedError:  # torch's: a method that starts from the weights' values asked for them
+            return
 
 
 def adapter_options(o: TrainOptions) -> dict[str, Any]:

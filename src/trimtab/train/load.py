@@ -80,6 +80,20 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
+def skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The model as a shape without weights; only its config.json is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(name).expanduser()
+    folder = path if (path / "config.json").is_file() else model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder / 'config.json'}: {_first_line(error)}") from error
+
+
 def nf4(dtype: torch.dtype) -> Any:
     """NF4 with double quantisation. The compute dtype is said, because its default is float32."""
     from transformers import BitsAndBytesConfig
