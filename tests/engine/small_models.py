@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimtab.core.config import config_for
-from trimtab.data import Example
+from trimtab.data import Example, collate
+from trimtab.data.pack import packs
+from trimtab.engine.forward import Engine
 from trimtab.model import PeftModel, get_peft_model
+from trimtab.train.objectives.sft import row_losses
 
 VOCABULARY = 97
 PAD, EOS = 0, 2
@@ -57,6 +61,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
                                            max_window_layers=0)),
     "llama4": ("llama4_text", dict(head_dim=8, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=512)),
 }  # fmt: skip
+
+# root mean square norms are computed in float32 by transformers, whatever the model's dtype: what is summed in another
+# order there differs by that rounding
+EXACT = ["phi", "gpt_neox", "gpt2 no dropout", "opt"]
 
 
 def bare(kind: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **over: Any) -> Any:
@@ -142,3 +150,42 @@ def one_by_one(model: Any, examples: list[Example]) -> Tensor:
             if e.supervised[t]:
                 total = total - logits[t - 1].to(total).log_softmax(-1)[e.input_ids[t]]
     return total
+
+
+# ---- loss and gradients, three ways
+
+Found = tuple[float, dict[str, Tensor]]
+
+
+def alone(model: Any, examples: list[Example]) -> Found:
+    loss = one_by_one(model, examples)
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def packed(model: Any, examples: list[Example], budget: int = 10**6, *, share: bool = True) -> Found:
+    engine, total = Engine(model), 0.0
+    rows = torch.zeros(len(examples), dtype=torch.float64)
+    with engine.running():
+        for p in packs(examples, budget, share=share):
+            result = engine.forward(model, p)
+            result.loss.backward()
+            total += result.loss.item()
+            rows[list(p.members)] = result.rows.double()
+    assert total == pytest.approx(float(rows.sum()), rel=1e-5)
+    return total, gradients(model)
+
+
+def padded(model: Any, examples: list[Example], pad: int) -> Found:
+    losses = row_losses(model, collate(examples, pad), sparse=True)
+    losses.sum().backward()
+    return losses.sum().item(), gradients(model)
+
+
+def same(found: Found, wanted: Found, tolerance: float) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=tolerance)
+    assert found[1].keys() == wanted[1].keys()
+    for name, g in wanted[1].items():
+        largest = g.abs().max()
+        assert largest > 0, name
+        assert (found[1][name] - g).abs().max() <= tolerance * largest, name

@@ -149,11 +149,12 @@ class Engine:
             raise NotSupported(f"its loss is {loss:.4g} when rows are packed, {alone:.4g} when they are not")
 
     def _find_after(self, ours: Tensor, theirs: Tensor) -> After | None:
-        """What the model does to its logits behind the head: nothing, or one of the known things; what comes nearest,
-        since a soft cap on small logits is nearly nothing."""
-        known: list[After | None] = [None, *_known_after(self.model.config)]
-        error, _, after = min((_apart(ours if f is None else f(ours), theirs), i, f) for i, f in enumerate(known))
-        if not error <= _rounding(ours):
+        """What the model does to its logits behind the head: nothing, or the known thing that its config names, unless
+        nothing is clearly nearer. A soft cap on small logits is all but nothing, and must be there when they grow."""
+        tries: list[tuple[float, After | None]] = [(_apart(f(ours), theirs), f) for f in _known_after(self.model.config)]
+        tries.append((_apart(ours, theirs) + _rounding(ours) / 10, None))
+        error, after = min(tries, key=lambda tried: tried[0])
+        if not error <= 1.1 * _rounding(ours):
             raise NotSupported("it changes its logits behind the output layer in a way that is not known")
         return after
 
@@ -198,16 +199,17 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 
 def _rounding(x: Tensor) -> float:
-    return EXACT if x.dtype.itemsize >= 4 else ROUNDED
+    exact = x.dtype.itemsize >= 4 and torch.get_float32_matmul_precision() == "highest"  # else TF32, or bfloat16
+    return EXACT if exact else ROUNDED
 
 
 def _known_after(config: Any) -> Iterator[After]:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if cap := getattr(config, "final_logit_softcapping", None):
         yield lambda z: torch.tanh(z / cap) * cap
-    if scale := getattr(config, "logit_scale", None):
+    if (scale := getattr(config, "logit_scale", None)) not in (None, 1):
         yield lambda z: z * scale
-    if divisor := getattr(config, "logits_scaling", None):
+    if (divisor := getattr(config, "logits_scaling", None)) not in (None, 1):
         yield lambda z: z / divisor
 
 

@@ -102,9 +102,10 @@ class Trainer(transformers.Trainer):
             raise TrainingError(f"{self._at()}: no supervised token in the rows {_some(self._step_rows)}")
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free ones
             self.optimizer.train()
-        back = remembered(model, gradients=self.current_gradient_accumulation_steps > 1)
+        alone = self.accelerator.num_processes == 1
+        back = remembered(model, gradients=alone and self.current_gradient_accumulation_steps > 1)
         work = lambda: self._packs(model, examples, num_items_in_batch)  # noqa: E731
-        loss, counts = self.packing.attempt(work, back, again=self.accelerator.num_processes == 1)
+        loss, counts = self.packing.attempt(work, back, again=alone)
         self.counts.add(counts)
         return loss
 
