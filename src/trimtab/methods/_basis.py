@@ -48,7 +48,7 @@ def coordinates(w: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     w64, V64 = w.double(), V.to(w).double()
     try:
         scaled = torch.linalg.solve(V64, w64.T).T
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         scaled = w64 @ torch.linalg.pinv(V64, rtol=1e-6).T
     l = scaled.norm(dim=0)
     return torch.where(l > 1e-12, scaled / l, 0).to(w.dtype), l.to(w.dtype)
