@@ -16,11 +16,28 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
+    from trimtab.methods.adalora import AdaLoraConfig
+    from trimtab.methods.adamss import AdamssConfig
+    from trimtab.methods.deft import DeftConfig
+    from trimtab.methods.delora import DeloraConfig
+    from trimtab.methods.frod import FrodConfig
+    from trimtab.methods.glora import GloraConfig
+    from trimtab.methods.gralora import GraloraConfig
+    from trimtab.methods.hira import HiraConfig
     from trimtab.methods.ia3 import IA3Config
+    from trimtab.methods.lily import LilyConfig
+    from trimtab.methods.loha import LoHaConfig
+    from trimtab.methods.lokr import LoKrConfig
     from trimtab.methods.lora import LoraConfig
     from trimtab.methods.oft import OFTConfig
+    from trimtab.methods.peanut import PeanutConfig
     from trimtab.methods.prompt.prefix_tuning import PrefixTuningConfig
     from trimtab.methods.prompt.prompt_tuning import PromptTuningConfig
+    from trimtab.methods.pvera import PveraConfig
+    from trimtab.methods.randlora import RandLoraConfig
+    from trimtab.methods.tinylora import TinyLoraConfig
+    from trimtab.methods.unilora import UniLoraConfig
+    from trimtab.methods.vblora import VBLoRAConfig
     from trimtab.methods.vera import VeraConfig
     from trimtab.model import (
         PeftModel,
@@ -49,6 +66,23 @@ _HOMES = (
     "methods.ia3",
     "methods.oft",
     "methods.vera",
+    "methods.adalora",
+    "methods.adamss",
+    "methods.deft",
+    "methods.delora",
+    "methods.frod",
+    "methods.glora",
+    "methods.gralora",
+    "methods.hira",
+    "methods.lily",
+    "methods.loha",
+    "methods.lokr",
+    "methods.peanut",
+    "methods.pvera",
+    "methods.randlora",
+    "methods.tinylora",
+    "methods.unilora",
+    "methods.vblora",
     "methods.prompt.prefix_tuning",
     "methods.prompt.prompt_tuning",
     "model",
@@ -58,6 +92,8 @@ _HOMES = (
 )
 
 __all__ = [
+    "AdaLoraConfig",
+    "AdamssConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -65,9 +101,19 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "DeftConfig",
+    "DeloraConfig",
+    "FrodConfig",
+    "GloraConfig",
+    "GraloraConfig",
+    "HiraConfig",
     "IA3Config",
+    "LilyConfig",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "OFTConfig",
+    "PeanutConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -78,8 +124,13 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "PveraConfig",
+    "RandLoraConfig",
     "TaskType",
+    "TinyLoraConfig",
     "Trainer",
+    "UniLoraConfig",
+    "VBLoRAConfig",
     "VeraConfig",
     "get_layer_status",
     "get_model_status",

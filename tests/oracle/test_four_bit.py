@@ -130,3 +130,58 @@ def test_checkpointed_training_on_four_bit_gives_the_same_gradients(folder: Path
         found.append([p.grad for p in us.parameters() if p.requires_grad])
     assert len(found[0]) == 4 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert isinstance(peft.__version__, str) and close(found[0][0], found[1][0]) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "extra"),
+    [
+        ("hira", {"r": 4}, " "),
+        ("pvera", {"r": 4}, " "),
+        ("adalora", {"init_r": 4, "target_r": 2, "total_step": 9}, " "),
+        ("vblora", {"num_vectors": 9, "vector_length": 32}, " "),
+        ("gralora", {"r": 4, "alpha": 4}, " "),
+        ("lily", {"r": 4}, " "),
+        ("randlora", {"r": 8, "randlora_alpha": 8}, r"^base_model\.model\..*randlora_[AB]$"),
+    ],
+    ids=str,
+)
+def test_low_rank_updates_on_four_bit(
+    method: str, options: dict[str, Any], extra: str, folder: Path, tmp_path: Path
+) -> None:
+    ours, theirs = configs(method, "llama", **options)
+    exchange("llama", ours, theirs, tmp_path, bound=2e-2, make=lambda _: load(folder), extra=extra)
+
+
+def test_unilora_acts_on_four_bit_where_peft_s_scales_are_rounded_to_whole_numbers(folder: Path) -> None:
+    ours, theirs = configs("unilora", "llama", theta_d_length=8)
+    plain, changes = logits(load(folder), "llama"), []
+    for model in (trimtab.get_peft_model(load(folder), ours), quiet_peft(load(folder), theirs)):
+        move(model, 0.3)
+        changes.append((logits(model, "llama") - plain).abs().max())
+    assert changes[0] > 1e-2 and changes[1] < 1e-6
+
+
+@pytest.mark.parametrize(("method", "options"), [("peanut", {"init_weights": False}), ("deft", {})], ids=str)
+def test_methods_of_the_weight_act_on_four_bit_where_peft_fails(method: str, options: dict[str, Any], folder: Path) -> None:
+    ours, theirs = configs(method, "llama", r=4, **options)
+    us = trimtab.get_peft_model(load(folder), ours)
+    move(us, 0.3)
+    layer = us.get_base_model().model.layers[0].self_attn.q_proj
+    assert (layer.stack_.weight() - port(layer.base_layer).weight()).abs().max() > 1e-3
+    x = torch.randn(3, 64)
+    close(layer(x), x @ layer.stack_.weight().T, 2e-2)
+    with pytest.raises((RuntimeError, TypeError)):
+        logits(quiet_peft(load(folder), theirs), "llama")
+
+
+def test_randlora_s_weight_on_four_bit_is_what_it_computes_where_peft_multiplies_the_other_way(folder: Path) -> None:
+    ours, theirs = configs("randlora", "llama", r=16, target_modules=["o_proj"], randlora_alpha=16)
+    errors = []
+    for model in (trimtab.get_peft_model(load(folder), ours), quiet_peft(load(folder), theirs)):
+        move(model, 0.1)
+        layer = model.base_model.model.model.layers[0].self_attn.o_proj
+        computed = (layer(torch.eye(64)) - layer.base_layer(torch.eye(64))).T
+        meant = layer.get_delta_weight("default") if isinstance(model, peft.PeftModel) else None
+        meant = layer.stack_.weight() - port(layer.base_layer).weight() if meant is None else meant
+        errors.append(((computed - meant).abs().max() / computed.abs().max()).item())
+    assert errors[0] < 0.02 and errors[1] > 0.1

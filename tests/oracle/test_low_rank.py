@@ -12,10 +12,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.utils import constants
 from theirs import base, close, configs, exchange, inputs, keys, logits, quiet_peft, same_settings, settings
 from torch import Tensor, nn
 
 import trimtab
+from trimtab.core.config import load
+from trimtab.core.targets import TARGETS
 from trimtab.errors import BadCheckpoint, ConfigError, NotSupported, TrimtabWarning
 from trimtab.methods._clusters import clusters
 from trimtab.methods.peanut import _ACTIVATIONS
@@ -153,6 +156,14 @@ def test_exchange_on_layers(method: str, options: dict[str, Any], layer: str, tm
     swap(layer, method, tmp_path, options)
 
 
+@pytest.mark.parametrize("method", sorted({m for m, _, _ in MODELS} | {"glora", "adamss"}))
+def test_default_targets_are_peft_s(method: str) -> None:
+    theirs = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method.upper()}_TARGET_MODULES_MAPPING")
+    ours = load(method).adapter.targets or TARGETS  # type: ignore[attr-defined]
+    lists = {k: sorted(v) for k, v in theirs.items() if not isinstance(v, str)}  # a regex names one model's layers
+    assert {k: sorted(ours[k]) for k in lists} == lists
+
+
 @pytest.mark.parametrize(("method", "options", "layer"), spread(GLORA), ids=show)
 def test_exchange_of_glora(method: str, options: dict[str, Any], layer: str, tmp_path: Path) -> None:
     """peft writes a tensor of zeros for each path that is not there, in the size of the weight for A and B."""
@@ -278,6 +289,16 @@ def test_adalora_may_take_all_ranks_of_a_layer(tmp_path: Path) -> None:
     assert sum(ranks) == 6 and 0 in ranks
     close(logits(trimtab.PeftModel.from_pretrained(base("llama"), tmp_path), "llama"), logits(us, "llama"))
     close(logits(peft.PeftModel.from_pretrained(base("llama"), str(tmp_path)), "llama"), logits(us, "llama"))
+
+
+def test_adalora_s_file_between_two_allocations_is_the_adapter_where_peft_leaves_ranks_out(tmp_path: Path) -> None:
+    us, them = alike("adalora", **BUDGET, deltaT=3)
+    for model, folder, read in ((us, "ours", trimtab.PeftModel), (them, "theirs", peft.PeftModel)):
+        train(model, 5)  # ranks were taken after the third step
+        model.save_pretrained(str(tmp_path / folder))
+        again = logits(read.from_pretrained(base("llama"), str(tmp_path / folder)), "llama")
+        same = (again - logits(model, "llama")).abs().max() < 1e-5
+        assert same == (model is us)
 
 
 def test_adalora_with_nothing_to_take_trains_where_peft_fails() -> None:
@@ -433,6 +454,16 @@ def test_a_second_lily_shares_where_peft_s_does_not() -> None:
         mine, those = ([m.layers[i].self_attn.q_proj for i in (0, 1)] for m in models)
         assert mine[0].lily_B[name] is mine[1].lily_B[name] and mine[0].lily_A[name] is mine[1].lily_A[name]
         assert (those[0].lily_B[name] is those[1].lily_B[name]) == shared
+
+
+def test_lily_on_all_linear_layers_shares_by_name_where_peft_shares_nothing() -> None:
+    ours, theirs = configs("lily", "llama", r=4, target_modules="all-linear")
+    us = trimtab.get_peft_model(base("llama"), ours).get_base_model().model
+    them = quiet_peft(base("llama"), theirs).base_model.model.model
+    for model, shared in ((us, True), (them, False)):
+        first, second = (model.layers[i].self_attn.q_proj.lily_B["default"] for i in (0, 1))
+        assert (first is second) == shared
+    assert us.layers[0].self_attn.o_proj.lily_B["default"] is not us.layers[0].self_attn.q_proj.lily_B["default"]
 
 
 def test_a_lily_file_whose_layers_share_nothing_is_read_as_it_is(tmp_path: Path) -> None:

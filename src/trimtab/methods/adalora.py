@@ -58,7 +58,7 @@ class AdaLoRA(Adapter):
     step allows keep their E, those with the highest score, and the others' E is set to 0. Files hold the ones that are kept.
     """
 
-    additive, targets = True, WIDE
+    additive, targets = True, WIDE | {"roberta": ["query", "key", "value", "dense"]}
 
     def __init__(self, cfg: AdaLoraConfig, site: Site) -> None:
         super().__init__()

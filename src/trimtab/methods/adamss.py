@@ -51,13 +51,12 @@ class AdamssConfig(Targets, Layers):
 class AdaMSS(Adapter):
     """[W' b'] = [W b] + C N,  rows of C in cluster i = B_i A_i
 
-    NeurIPS 2025, OpenReview 8ZdWmpYxT0. N (R, in + 1): the first right singular vectors of [W b], R = min(r, sides); the rows
+    openreview.net/forum?id=8ZdWmpYxT0. N (R, in + 1): the first right singular vectors of [W b], R = min(r, sides); the rows
     of the left ones are clustered. A_i (r_i, R): the right singular vectors of those of cluster i; B_i (rows, r_i) starts at 0.
     `use_asa`: clusters that matter least are trained no more. adamss_rows says which row is where; published files lack it.
     """
 
-    additive = True
-    targets = TARGETS | {"vit": ["query", "value"]}
+    additive, targets = True, TARGETS | {"vit": ["query", "value"]}
 
     def __init__(self, cfg: AdamssConfig, site: Site) -> None:
         super().__init__()
@@ -76,9 +75,10 @@ class AdaMSS(Adapter):
 
     def factors(self: Any) -> tuple[Tensor, Tensor]:
         """N (R, in + 1) and C (out, R). What is trained no more is a constant, so that no optimizer moves it."""
-        on = self.on.tolist() if self.asa and torch.is_grad_enabled() else [True] * len(self.on)
+        own: Any = self
+        on = own.on.tolist() if self.asa and torch.is_grad_enabled() else [True] * len(own.on)
         parts = (B @ A if live else (B @ A).detach() for A, B, live in zip(self.adamss_A, self.adamss_B, on, strict=True))
-        return self.adamss_newB, torch.cat([*parts])[self.adamss_rows.argsort(stable=True).argsort()]
+        return own.adamss_newB, torch.cat([*parts])[own.adamss_rows.argsort(stable=True).argsort()]
 
     def weight(self, w: Tensor) -> Tensor:
         N, C = self.factors()

@@ -40,10 +40,11 @@ class FrodConfig(Targets, Layers, Biases, FanIn):
 
 @method("FROD", config=FrodConfig, small={"sparse_rate": 0.1})
 class FRoD(Adapter):
-    """W' = W + U (S + diag(l - l_0)) V^T  for  W = U diag(l_0) V^T                  AAAI 2026, doi 10.1609/aaai.v40i31.39813
+    """W' = W + U (S + diag(l - l_0)) V^T  for  W = U diag(l_0) V^T
 
-    V (in, in) is shared by all layers of a role, found from their weights and saved; U (out, in) and l_0 (in) follow from W and
-    V. Trained are l (in), from l_0, and the entries of S at a few random places off the diagonal, from 0.
+    doi.org/10.1609/aaai.v40i31.39813. V (in, in) is shared by all layers of a role, found from their weights and saved;
+    U (out, in) and l_0 (in) follow from W and V. Trained are l (in), from l_0, and the entries of S at a few random places off
+    the diagonal, from 0.
     """
 
     additive = True
