@@ -351,3 +351,36 @@ def test_super_tuning_needs_an_entry_and_supra_a_rank() -> None:
         adapter("supertuning")
     with pytest.raises(ConfigError, match="without r there is none"):
         config_for("supertuning", lora_alpha=4)
+
+
+# -- OSF --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("out", [4, 8, 11])
+@pytest.mark.parametrize(("rank", "k"), [(None, 0.5), (3, 3), (0.75, 0.75)])
+def test_osf(rank: float | None, k: float, out: int) -> None:
+    site, a, w, b = adapter("osf", torch.nn.Linear(IN, out), effective_rank=rank)
+    m = min(out, IN)
+    k = int(m * k) if isinstance(k, float) else k
+    U, S, V = (t.double() for t in torch.linalg.svd(w.float(), full_matrices=False))
+    p = a.osf_svd_params
+    assert p["U_low"].shape == (out, m - k) and p["S_low"].shape == (m - k,) and p["V_low"].shape == (m - k, IN)
+    high = (w - U[:, k:] @ S[k:].diag() @ V[k:]).detach()
+    x, g = torch.randn(5, IN, dtype=torch.float64), torch.randn(5, out, dtype=torch.float64)
+    y = site(x)
+    assert (y - x @ (high + p["U_low"] @ p["S_low"].diag() @ p["V_low"]).T - b).abs().max() < 1e-5  # S V in float32
+    (y * g).sum().backward()
+    full = g.T @ x  # the gradient of the weight
+    for name, basis, plain in (
+        ("U_low", U[:, :k], full @ p["V_low"].T @ p["S_low"].diag()),
+        ("V_low", V[:k].T, (p["S_low"].diag() @ p["U_low"].T @ full).T),
+    ):
+        grad = p[name].grad if name == "U_low" else p[name].grad.T
+        assert (basis.T @ grad).abs().max() < 1e-5 * grad.abs().max()
+        assert torch.allclose(grad, (plain - basis @ basis.T @ plain).detach(), atol=1e-5)
+
+
+def test_osf_s_ranks_by_name_are_searched_for_and_must_leave_something_to_train() -> None:
+    for pattern, rank in (({"0": 2}, 2), ({}, 3)):
+        assert adapter("osf", rank_pattern=pattern)[1].osf_svd_params["S_low"].numel() == OUT - rank
+    for rank in (0, 6, 7, 1.0, 0.1):
+        with pytest.raises(NotSupported, match="some stay, some are trained"):
+            adapter("osf", effective_rank=rank)

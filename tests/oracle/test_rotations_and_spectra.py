@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft.tuners.waveft import wavelet as peft_wavelets
 from safetensors.torch import load_file, save_file
-from theirs import base, close, configs, exchange, logits, move, quiet_peft
+from theirs import base, close, configs, exchange, inputs, logits, move, quiet_peft
 
 import trimtab
 from trimtab.core.config import config_for
@@ -60,6 +60,10 @@ EXCHANGED: list[tuple[str, str, dict[str, Any]]] = [  # method, models, options
     ("supertuning", "llama", {"sparsity": 0.9, "r": 4, "lora_dropout": 0.5, "target_modules": LINEAR["llama"]}),
     ("supertuning", "llama", {"sparsity": 0.9, "select_top": False, "r": 4, "lora_alpha": 3.0}),
     ("supertuning", "llama", {"sparsity": 0.9, "save_precomputed_indices": False}),
+    ("osf", "llama", {}),
+    ("osf", "bert", {"effective_rank": 5, "target_modules": LINEAR["bert"]}),
+    ("osf", "t5", {"effective_rank": 0.25, "target_modules": ["q", "wi"]}),
+    ("osf", "llama", {"rank_pattern": {"v_proj": 3, r"layers\.1\.mlp\..*": 0.75}, "init_weights": False}),
 ]
 
 
@@ -92,6 +96,7 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
     ("miss", {"r": 8, "init_weights": "mini", "mini_r": 2}),
     ("shira", {"r": 4}),
     ("supertuning", {"sparsity": 0.9, "r": 2}),
+    ("osf", {}),
 ]
 
 
@@ -318,3 +323,59 @@ def test_a_mask_of_one_s_own_that_is_missing_is_an_error_before_the_first_forwar
     them = quiet_peft(base("llama"), theirs)
     with pytest.raises(KeyError):
         logits(them, "llama")
+
+
+# -- OSF --------------------------------------------------------------------------------------------------------------
+def test_gradients_keep_out_of_what_stays_on_bfloat16_too_where_peft_s_do_not() -> None:
+    ours, theirs = configs("osf", "llama", target_modules=["q_proj"])
+    low = torch.bfloat16
+    us, them = trimtab.get_peft_model(base("llama").to(low), ours), quiet_peft(base("llama").to(low), theirs)
+    shares = []
+    for model in (us, them):
+        batch = inputs("llama")
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        U, _, _ = torch.linalg.svd(layer.base_layer.weight.float())
+        grad = layer.osf_svd_params["default"]["U_low"].grad.float()
+        shares.append(((U[:, :16].T @ grad).norm() / grad.norm()).item())
+    assert shares[0] < 0.02 and shares[1] > 0.2
+
+
+def test_several_osf_adapters_add_up_and_unmerge_where_peft_applies_one_for_good() -> None:
+    (first, theirs), (second, theirs_second) = (configs("osf", "llama", target_modules=["q_proj"]) for _ in range(2))
+    us, them = trimtab.get_peft_model(base("llama"), first), quiet_peft(base("llama"), theirs)
+    us.add_adapter("second", second)
+    them.add_adapter("second", theirs_second)
+    for model, name in ((us, "default"), (us, "second"), (them, "default"), (them, "second")):
+        model.set_adapter(name)
+        move(model)
+    one = logits(us, "llama")
+    us.set_adapter(["default", "second"])
+    them.base_model.set_adapter(["default", "second"])
+    ours, theirs_both = logits(us, "llama"), logits(them, "llama")
+    close(theirs_both, logits_of(them, "default"))
+    assert (ours - one).abs().max() > 1e-3
+    us.merge_adapter()
+    close(logits(us, "llama"), ours)
+    with us.disable_adapter():
+        close(logits(us, "llama"), logits(base("llama"), "llama"), 0)
+    us.unmerge_adapter()
+    close(logits(us, "llama"), ours, 0)
+    them.merge_adapter()
+    with them.disable_adapter():
+        assert (logits(them, "llama") - logits(base("llama"), "llama")).abs().max() > 1e-3
+    with pytest.raises(NotImplementedError):
+        them.unmerge_adapter()
+
+
+def logits_of(model: Any, name: str) -> torch.Tensor:
+    model.base_model.set_adapter(name)
+    found = logits(model, "llama")
+    model.base_model.set_adapter(["default", "second"])
+    return found
+
+
+def test_osf_adapts_conv1d_where_peft_leaves_it_out() -> None:
+    ours, theirs = configs("osf", "gpt2")
+    us, them = trimtab.get_peft_model(base("gpt2"), ours), quiet_peft(base("gpt2"), theirs)
+    assert len(us.get_layer_status()) == 6 and not [k for k in them.state_dict() if "osf" in k]
