@@ -15,6 +15,7 @@ SRC = Path(__file__).parents[1] / "src" / "trimtab"
 # each layer may import those before it; parts of one layer may not import each other
 LAYERS: list[set[str]] = [
     {"errors"},
+    {"files"},
     {"core"},
     {"bases", "methods", "inits"},
     {"fused", "store", "blend"},
@@ -34,7 +35,7 @@ LAYERS: list[set[str]] = [
 APART = {"data": {"errors"}, "demo": {"errors"}}
 DATA_USERS = {"engine", "train", "evaluate", "export", "serve", "cli", "ui"}
 # code that must run where transformers is absent, or must not know it
-NO_TRANSFORMERS = {"errors", "core", "bases", "inits", "store", "blend"}
+NO_TRANSFORMERS = {"errors", "files", "core", "bases", "inits", "store", "blend"}
 # imported inside functions of their own file only
 VENDORS = set("bitsandbytes hqq auto_gptq gptqmodel awq torchao gguf peft trl deepspeed wandb".split())
 
@@ -156,6 +157,14 @@ def test_the_door_shows_what_its_types_say() -> None:
     assert {name: getattr(trimtab, name).__module__ for name in said} == said
     with pytest.raises(AttributeError, match="LoraConfg"):
         _ = trimtab.LoraConfg
+
+
+def test_the_door_knows_every_methods_config() -> None:
+    import trimtab
+    from trimtab.core.config import load, methods
+
+    for config in {load(name).config for name in methods()}:
+        assert getattr(trimtab, config.__name__) is config
 
 
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:

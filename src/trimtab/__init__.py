@@ -1,8 +1,14 @@
-"""trimtab: fine-tune a large frozen model with a small trained part. Everything public is in `__all__`."""
+"""trimtab: fine-tune a large frozen model with a small trained part.
+
+Everything public is in `__all__`, and beside it the config class of every method: the files of `methods/` are looked through
+for it, so that a new method is known here by being there.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,29 +22,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
-    from trimtab.methods.adalora import AdaLoraConfig
-    from trimtab.methods.adamss import AdamssConfig
-    from trimtab.methods.deft import DeftConfig
-    from trimtab.methods.delora import DeloraConfig
-    from trimtab.methods.frod import FrodConfig
-    from trimtab.methods.glora import GloraConfig
-    from trimtab.methods.gralora import GraloraConfig
-    from trimtab.methods.hira import HiraConfig
-    from trimtab.methods.ia3 import IA3Config
-    from trimtab.methods.lily import LilyConfig
-    from trimtab.methods.loha import LoHaConfig
-    from trimtab.methods.lokr import LoKrConfig
     from trimtab.methods.lora import LoraConfig
-    from trimtab.methods.oft import OFTConfig
-    from trimtab.methods.peanut import PeanutConfig
-    from trimtab.methods.prompt.prefix_tuning import PrefixTuningConfig
-    from trimtab.methods.prompt.prompt_tuning import PromptTuningConfig
-    from trimtab.methods.pvera import PveraConfig
-    from trimtab.methods.randlora import RandLoraConfig
-    from trimtab.methods.tinylora import TinyLoraConfig
-    from trimtab.methods.unilora import UniLoraConfig
-    from trimtab.methods.vblora import VBLoRAConfig
-    from trimtab.methods.vera import VeraConfig
     from trimtab.model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -63,28 +47,6 @@ __version__ = "0.1.0"
 _HOMES = (
     "core.config",
     "methods.lora",
-    "methods.ia3",
-    "methods.oft",
-    "methods.vera",
-    "methods.adalora",
-    "methods.adamss",
-    "methods.deft",
-    "methods.delora",
-    "methods.frod",
-    "methods.glora",
-    "methods.gralora",
-    "methods.hira",
-    "methods.lily",
-    "methods.loha",
-    "methods.lokr",
-    "methods.peanut",
-    "methods.pvera",
-    "methods.randlora",
-    "methods.tinylora",
-    "methods.unilora",
-    "methods.vblora",
-    "methods.prompt.prefix_tuning",
-    "methods.prompt.prompt_tuning",
     "model",
     "status",
     "auto",
@@ -92,8 +54,6 @@ _HOMES = (
 )
 
 __all__ = [
-    "AdaLoraConfig",
-    "AdamssConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -101,19 +61,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
-    "DeftConfig",
-    "DeloraConfig",
-    "FrodConfig",
-    "GloraConfig",
-    "GraloraConfig",
-    "HiraConfig",
-    "IA3Config",
-    "LilyConfig",
-    "LoHaConfig",
-    "LoKrConfig",
     "LoraConfig",
-    "OFTConfig",
-    "PeanutConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -122,16 +70,8 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
-    "PrefixTuningConfig",
-    "PromptTuningConfig",
-    "PveraConfig",
-    "RandLoraConfig",
     "TaskType",
-    "TinyLoraConfig",
     "Trainer",
-    "UniLoraConfig",
-    "VBLoRAConfig",
-    "VeraConfig",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -144,12 +84,20 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f"trimtab.{home}")
-            if name in vars(module):
-                return globals().setdefault(name, vars(module)[name])
+    for module in _homes(name):
+        if name in vars(module):
+            return globals().setdefault(name, vars(module)[name])
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+
+
+def _homes(name: str) -> Iterator[ModuleType]:
+    if name in __all__:
+        yield from (importlib.import_module(f"trimtab.{home}") for home in _HOMES)
+    elif name.endswith("Config") and not name.startswith("_"):
+        modules = importlib.import_module("trimtab.core.config").modules()
+        stem = name.removesuffix("Config").lower()
+        for module in sorted(modules, key=lambda m: m.rpartition(".")[2].replace("_", "") != stem):  # likeliest first
+            yield importlib.import_module(module)
 
 
 def __dir__() -> list[str]:

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.core.config import CONFIG_FILE, method_of
-from trimtab.core.files import write
 from trimtab.core.group import Group
 from trimtab.core.sites import frozen, layers, matches
 from trimtab.errors import BadCheckpoint
+from trimtab.files import write
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"

@@ -64,7 +64,7 @@ class PeftConfig:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`: keys sorted, `inference_mode` true, so that loading gives a frozen adapter."""
-        from trimtab.core.files import write_text
+        from trimtab.files import write_text
 
         text = json.dumps(self.to_dict() | {"inference_mode": True}, indent=2, sort_keys=True)
         write_text(Path(save_directory) / CONFIG_FILE, text + "\n")
@@ -215,12 +215,17 @@ def load(name: str) -> Method:
     return _methods[key]
 
 
+def modules() -> list[str]:
+    """The modules of all methods."""
+    places = [(p, importlib.import_module(p).__path__) for p in ("trimtab.methods", "trimtab.methods.prompt")]
+    found = [(package, module) for package, path in places for module in pkgutil.iter_modules(path)]
+    return [f"{package}.{m.name}" for package, m in found if not m.ispkg and not m.name.startswith("_")]
+
+
 def methods() -> list[str]:
     """The names of all methods, sorted."""
-    for package in ("trimtab.methods", "trimtab.methods.prompt"):
-        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-            if not module.ispkg and not module.name.startswith("_"):
-                importlib.import_module(f"{package}.{module.name}")
+    for module in modules():
+        importlib.import_module(module)
     return sorted(_methods)
 
 

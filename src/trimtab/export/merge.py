@@ -19,10 +19,10 @@ from torch import nn
 
 from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
-from trimtab.core.files import try_folder, write_text
 from trimtab.data import Renderer
 from trimtab.errors import ConfigError, NotMergeable, nearest
 from trimtab.export.probes import KERNEL, TOLERANCE, Difference, compare, logits, probes
+from trimtab.files import try_folder, write_text
 from trimtab.model import PeftModel
 from trimtab.train import load
 

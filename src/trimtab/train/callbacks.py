@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trimtab.core.files import write_text
+from trimtab.files import write_text
 
 STEP = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch")
 EVAL = ("eval_loss", "eval_supervised_tokens", "epoch")

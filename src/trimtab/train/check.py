@@ -11,10 +11,10 @@ from typing import Any, get_args, get_type_hints
 
 from trimtab import store
 from trimtab.core.config import PeftConfig, config_class, config_for, method_of
-from trimtab.core.files import try_folder
 from trimtab.data import Problems
 from trimtab.data.sources import find
 from trimtab.errors import ConfigError, TrimtabError, nearest
+from trimtab.files import try_folder
 from trimtab.model import get_peft_model
 from trimtab.train import batches, checkpoint, load
 from trimtab.train.options import TrainOptions

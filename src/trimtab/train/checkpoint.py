@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trimtab.core.adapter import Adapter
-from trimtab.core.files import write, write_text
 from trimtab.errors import BadCheckpoint, ConfigError
+from trimtab.files import write, write_text
 from trimtab.train.audits import of, trainable
 
 TENSORS = "trainable.safetensors"

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.files import write_text
+from trimtab.files import write_text
 
 METRICS, PICTURE, SAMPLES, RUN = "metrics.jsonl", "loss.png", "samples.jsonl", "run.json"
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", METRICS, PICTURE, SAMPLES, RUN)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.files import write
+from trimtab.files import write
 
 SMOOTH = 0.1  # weight of a new step in the running mean
 

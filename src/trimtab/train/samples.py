@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.core.files import write_text
 from trimtab.data import Prepared, Renderer
+from trimtab.files import write_text
 
 ROWS = 3  # rows that are asked where the user gives no prompts
 LENGTH = 64  # new tokens of an answer
