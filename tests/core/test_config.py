@@ -21,7 +21,8 @@ def test_every_method_is_found_by_its_name_and_its_file() -> None:
     for name in methods():
         found = load(name)
         assert found.name == name and found.adapter.__module__.rpartition(".")[2] == name
-        assert found.adapter.__doc__ and re.search(r"arXiv:|doi |doi\.org|OpenReview|openreview\.net|NeurIPS|ICLR|no paper", found.adapter.__doc__)
+        source = r"arXiv:|doi |doi\.org|OpenReview|openreview\.net|NeurIPS|ICLR|no paper"
+        assert found.adapter.__doc__ and re.search(source, found.adapter.__doc__)
         assert method_of(config_for(name, **found.small)).adapter is found.adapter
         assert importlib.import_module(found.adapter.__module__).__doc__
 
