@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,15 @@ def test_loftq_takes_off_what_quantisation_takes() -> None:
     for bits in (4, 8):
         plain = (wide().weight - _rounded(wide().weight, bits)).norm().item()
         assert loss(bits, 5) < loss(bits, 1) < plain
+
+
+def test_a_file_for_a_base_that_loftq_quantised_says_where_it_belongs(tmp_path: Path) -> None:
+    get_peft_model(Two(), lora(False)).save_pretrained(tmp_path)  # as peft writes them: A, B and the name of the init
+    file = tmp_path / "adapter_config.json"
+    told = json.loads(file.read_text()) | {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+    file.write_text(json.dumps(told))
+    with pytest.raises(BadCheckpoint, match="load the model in 4 bits"):
+        PeftModel.from_pretrained(Two(), tmp_path)
 
 
 def wide() -> nn.Linear:
