@@ -60,7 +60,7 @@ class PeftConfig:
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         sets: dict[str, set[str]] = {k: v for k, v in values.items() if isinstance(v, set)}
-        nested = {k: dataclasses.asdict(v) for k, v in values.items() if dataclasses.is_dataclass(v)}
+        nested = {k: dataclasses.asdict(cast(Any, v)) for k, v in values.items() if dataclasses.is_dataclass(v)}
         return {"peft_type": self.peft_type} | values | nested | {k: sorted(v) for k, v in sets.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -39,7 +39,7 @@ def create_riemannian_optimizer(
             return super().step()
 
     Riemannian.__name__ = Riemannian.__qualname__ = f"Riemannian{optimizer_cls.__name__}"
-    return Riemannian([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
+    return Riemannian([p for p in model.parameters() if p.requires_grad], **{"lr": lr} | kwargs)
 
 
 @torch.no_grad()
