@@ -39,7 +39,8 @@ def create_riemannian_optimizer(
             return super().step()
 
     Riemannian.__name__ = Riemannian.__qualname__ = f"Riemannian{optimizer_cls.__name__}"
-    return Riemannian([p for p in model.parameters() if p.requires_grad], **{"lr": lr} | kwargs)
+    make: Any = Riemannian  # each optimizer has arguments of its own
+    return make([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
 
 
 @torch.no_grad()
