@@ -23,7 +23,7 @@ def at_most(site: Site, r: int, limit: int) -> None:
 def leading(m: Tensor, q: int, niter: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """U (n, q), S (q), V^T (q, k) of the q largest singular values of m (n, k), by subspace iteration.
 
-    Halko, Martinsson, Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1. The random start is drawn on the CPU, so that it is the
+    Halko, Martinsson, Tropp, arXiv:0909.4061. The random start is drawn on the CPU, so that it is the
     same on every device.
     """
     start = torch.randn(m.shape[1], q, generator=draw, dtype=torch.float32).to(m)
@@ -35,7 +35,7 @@ def leading(m: Tensor, q: int, niter: int, draw: torch.Generator) -> tuple[Tenso
 
 
 class Components:
-    """Principal components of rows that come in batches, the k leading ones             Ross et al., IJCV 77 (2008), 2.1
+    """Principal components of rows that come in batches, the k leading ones             Ross et al., IJCV 77 (2008)
 
     V (k, in) and S (k) of what was seen, of mean m and count n, take in b rows X of mean x by the decomposition of
     [S V; X - x; sqrt(n b / (n + b)) (m - x)].

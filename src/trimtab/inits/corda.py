@@ -32,7 +32,7 @@ class CordaConfig:
 
 @init
 class CorDA(Init):
-    """A = sqrt(S_r / s) V_r^T C^-1, B = U_r sqrt(S_r / s) of W C = U S V^T; the rest stays frozen     arXiv:2406.05223, eq. 2-5
+    """A = sqrt(S_r / s) V_r^T C^-1, B = U_r sqrt(S_r / s) of W C = U S V^T; the rest stays frozen     arXiv:2406.05223
 
     C (in, in) is the covariance of the layer's inputs, x / |max x|, with 0.01 of its mean diagonal added. ipm: the r largest
     singular values; kpm: the r smallest.

@@ -10,7 +10,7 @@ from trimtab.inits._start import Init, init
 
 @init
 class Kaiming(Init):
-    """A ~ U(-1 / sqrt(in), 1 / sqrt(in)), B = 0: `init_lora_weights=True`                          arXiv:2106.09685, 4.1
+    """A ~ U(-1 / sqrt(in), 1 / sqrt(in)), B = 0: `init_lora_weights=True`                          arXiv:2106.09685
 
     On an embedding A is looked up, so it is the one that starts at 0, and B ~ N(0, 1).
     """

@@ -32,7 +32,7 @@ class LoftQConfig:
 
 @init
 class LoftQ(Init):
-    """A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s) of W - Q(W - s B A) = U S V^T           arXiv:2310.08659, algorithm 1
+    """A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s) of W - Q(W - s B A) = U S V^T           arXiv:2310.08659
 
     Q rounds to few bits; it starts with B A = 0 and is done `loftq_iter` times. What is frozen is W - s B A, which Q moves less
     than W. On layers that are quantised already: `replace_lora_weights_loftq`.

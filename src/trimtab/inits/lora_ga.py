@@ -31,7 +31,7 @@ class LoraGAConfig:
 
 @init
 class LoRAGA(Init):
-    """A = V_I^T, B = c U_J S_J of the gradient dL/dW = U S V^T; the rest stays frozen            arXiv:2407.05000, eq. 3.2, 3.3
+    """A = V_I^T, B = c U_J S_J of the gradient dL/dW = U S V^T; the rest stays frozen            arXiv:2407.05000
 
     I and J are r of the first 2r numbers each (`direction`), c the factor of `scale`.
     """

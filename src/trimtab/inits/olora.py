@@ -12,7 +12,7 @@ from trimtab.inits._start import Init, init
 
 @init
 class OLoRA(Init):
-    """B = Q_r, A = R_r of W = Q R; the rest stays frozen                                       arXiv:2406.01775, algorithm 1
+    """B = Q_r, A = R_r of W = Q R; the rest stays frozen                                       arXiv:2406.01775
 
     Q_r (out, r) is orthonormal, R_r (r, in) upper triangular.
     """

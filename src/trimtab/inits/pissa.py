@@ -16,7 +16,7 @@ from trimtab.inits._start import Init, init
 
 @init
 class PiSSA(Init):
-    """A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s) of W = U S V^T; the rest stays frozen        arXiv:2404.02948, eq. 2-4
+    """A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s) of W = U S V^T; the rest stays frozen        arXiv:2404.02948
 
     U_r (out, r), S_r, V_r (in, r): the r largest singular values. `pissa_niter_16`: found by 16 steps of a randomised subspace
     iteration, which is faster on large layers.

@@ -14,7 +14,7 @@ from trimtab.optim._pairs import inverse, parts
 
 
 class LoraFAOptimizer(Optimizer):
-    """g <- g (A A^T + 1e-8)^-1 / s^2 for each B of a pair, then Adam with decoupled decay    arXiv:2308.03303, revision of 2025
+    """g <- g (A A^T + 1e-8)^-1 / s^2 for each B of a pair, then Adam with decoupled decay    arXiv:2308.03303
 
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  p <- p - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)
 

@@ -17,7 +17,7 @@ def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
     """`optimizer_cls` with the learning rate `lr * loraplus_lr_ratio` for B and all vectors, `lr` for A and what else is
-    trained, and `loraplus_lr_embedding` (1e-6) for adapters on embeddings                          arXiv:2402.12354, eq. 8
+    trained, and `loraplus_lr_embedding` (1e-6) for adapters on embeddings                          arXiv:2402.12354
 
     `loraplus_weight_decay` (0) acts on all but biases and norms. Other `kwargs` are the optimizer's.
     """

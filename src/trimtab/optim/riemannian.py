@@ -18,7 +18,7 @@ from trimtab.optim._pairs import inverse, parts
 def create_riemannian_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
 ) -> Optimizer:
-    """`optimizer_cls` on preconditioned gradients of each trained pair of factors                  arXiv:2402.02347, eq. 2
+    """`optimizer_cls` on preconditioned gradients of each trained pair of factors                  arXiv:2402.02347
 
     g_A <- (B^T B + reg)^-1 g_A,  g_B <- g_B (A A^T + reg)^-1
 
