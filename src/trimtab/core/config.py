@@ -34,7 +34,7 @@ class TaskType(str, Enum):
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to;
-    `choices`: values that the contract tries, beside true and false."""
+    `choices`: values that the contract tries, beside true and false; `holds`: where the class stands whose options it is."""
     make: Any = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"help": help, **more})
 
@@ -56,11 +56,16 @@ class PeftConfig:
             self.task_type = one_of(
                 "task_type", getattr(self.task_type, "value", self.task_type), [t.value for t in TaskType]
             )
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if "holds" in f.metadata and value is not None and value is not False:
+                setattr(self, f.name, _held(f.name, value, f.metadata["holds"]))
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         sets: dict[str, set[str]] = {k: v for k, v in values.items() if isinstance(v, set)}
-        return {"peft_type": self.peft_type} | values | {k: sorted(v) for k, v in sets.items()}
+        held = {k: dataclasses.asdict(v) for k, v in values.items() if dataclasses.is_dataclass(v)}
+        return {"peft_type": self.peft_type} | values | {k: sorted(v) for k, v in sets.items()} | held
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`: keys sorted, `inference_mode` true, so that loading gives a frozen adapter."""
@@ -108,6 +113,19 @@ class PeftConfig:
         if not isinstance(config, cls):
             raise ConfigError(f"{path}: holds a {type(config).__name__}, not a {cls.__name__}")
         return config
+
+
+def _held(name: str, value: Any, place: str) -> Any:
+    """The options that a field holds: an object of the class at `place`, from a dict, or from true: all as they are."""
+    module, _, kind = place.rpartition(".")
+    cls: Any = getattr(importlib.import_module(f"trimtab.{module}"), kind)
+    given: Any = {} if value is True else value
+    if not isinstance(given, (dict, cls)):
+        raise ConfigError(f"{name}={value!r}: it is a {kind}, or a mapping of its options")
+    names = [f.name for f in fields(cls)]
+    if unknown := [k for k in given if k not in names] if isinstance(given, dict) else []:
+        raise ConfigError(f"{name} has no option {unknown[0]!r}.{nearest(unknown[0], names)} It has: {', '.join(names)}")
+    return cls(**given) if isinstance(given, dict) else given
 
 
 def default_like(value: Any) -> bool:

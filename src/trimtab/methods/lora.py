@@ -24,13 +24,15 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     rank_pattern: dict[str, int] = option(dict, "r by layer name or regex")
     alpha_pattern: dict[str, int | float] = option(dict, "lora_alpha by layer name or regex")
     use_dora: bool = option(False, "DoRA: train the length of each weight row apart from its direction", variant="dora")
-    use_qalora: bool = option(False, "QA-LoRA", variant="qalora")
+    use_qalora: bool = option(False, "QA-LoRA: A reads the means of groups of inputs", variant="qalora")
     alora_invocation_tokens: list[int] | None = option(None, "aLoRA", variant="alora")
     arrow_config: dict[str, Any] | None = option(None, "Arrow", variant="arrow")
-    use_bdlora: dict[str, Any] | None = option(None, "BD-LoRA", variant="bdlora")
-    kasa_config: dict[str, Any] | None = option(None, "KaSA", variant="kasa")
-    velora_config: dict[str, Any] | None = option(None, "VeLoRA", variant="velora")
-    monteclora_config: dict[str, Any] | None = option(None, "MonteCLoRA", variant="monteclora")
+    use_bdlora: Any = option(None, "BD-LoRA: a factor of blocks", variant="bdlora", holds="methods.bdlora.BdLoraConfig")
+    kasa_config: Any = option(None, "KaSA: trained singular values", variant="kasa", holds="methods.kasa.KasaConfig")
+    velora_config: Any = option(None, "VeLoRA: keeps less of x", variant="velora", holds="methods.velora.VeloraConfig")
+    monteclora_config: Any = option(
+        None, "MonteCLoRA: learned noise on A", variant="monteclora", holds="methods.monteclora.MontecloraConfig"
+    )
     target_parameters: list[str] | None = option(None, "parameters that are no layer's weight", later=True)
     trainable_token_indices: Any = option(None, "rows of the embedding that are trained", later=True)
     ensure_weight_tying: bool = option(False, "adapt tied layers alike", later=True)
@@ -41,22 +43,16 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     lora_ga_config: dict[str, Any] | None = option(None, "LoRA-GA", later=True)
     megatron_config: dict[str, Any] | None = option(None, "Megatron", later=True)
     megatron_core: str | None = option("megatron.core", "Megatron", of="megatron_config")
-    qalora_group_size: int = option(16, "QA-LoRA", of="use_qalora")
+    qalora_group_size: int = option(16, "inputs in a group of QA-LoRA", of="use_qalora")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         in_range("r", self.r, 1)
         in_range("lora_dropout", self.lora_dropout, 0, 1)
         if self.init_lora_weights not in (True, False, "gaussian"):
-            raise NotSupported(
-                f"init_lora_weights={self.init_lora_weights!r}: this version knows true, false and 'gaussian'"
-            )
-        later = [
-            n
-            for n, f in self.__dataclass_fields__.items()
-            if f.metadata.get("later") and not default_like(getattr(self, n))
-        ]
-        if later:
+            raise NotSupported(f"init_lora_weights={self.init_lora_weights!r}: this version knows true, false and 'gaussian'")
+        fields = self.__dataclass_fields__.items()
+        if later := [n for n, f in fields if f.metadata.get("later") and not default_like(getattr(self, n))]:
             raise NotSupported(f"{later[0]}={getattr(self, later[0])!r} is not supported by this version")
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias=True and use_dora=True do not go together")
@@ -84,11 +80,8 @@ class LoRA(Adapter):
         self.lora_B = Factor(out, r // self.op.groups, bias=out if cfg.lora_bias else None)  # weight (out, r / groups)
         self.drop = nn.Dropout(cfg.lora_dropout) if site.kind != "embedding" else nn.Identity()  # ids cannot be dropped
         self.s = site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
-        self.names = (
-            {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
-            if site.kind == "embedding"
-            else {}
-        )
+        if site.kind == "embedding":
+            self.names = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
         self.reset(cfg, site)
 
     def reset(self, cfg: LoraConfig, site: Site) -> None:
@@ -102,14 +95,20 @@ class LoRA(Adapter):
         if not cfg.init_lora_weights:
             nn.init.kaiming_uniform_(B, a=5**0.5, generator=site.generator("lora_B"))
 
+    def moved(self, w: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """W + s B A. A variant puts its own factors in."""
+        return w + self.s * (self.op.full(B) @ A.flatten(1)).view_as(w)
+
+    def plus(self, y: Tensor, h: Tensor, base: Base, B: Tensor) -> Tensor:
+        """y + s (B h + b_B)"""
+        y = y + self.s * base.op.mix(h, B)
+        return y if self.lora_B.bias is None else y + self.s * base.op.out(self.lora_B.bias)
+
     def weight(self, w: Tensor) -> Tensor:
-        A, B = self.lora_A.weight, self.op.full(self.lora_B.weight)
-        return w + self.s * (B @ A.flatten(1)).view_as(w)
+        return self.moved(w, self.lora_A.weight, self.lora_B.weight)
 
     def bias(self, b: Tensor | None, w: Tensor) -> Tensor | None:
         return b if self.lora_B.bias is None or b is None else b + self.s * self.lora_B.bias
 
     def forward(self, x: Tensor, base: Base) -> Tensor:  # the same line for Linear, Conv1D, Embedding and ConvNd
-        A, B = self.lora_A.weight, self.lora_B.weight
-        y = base(x) + self.s * base.op.mix(base.op(self.drop(x), A), B)
-        return y if self.lora_B.bias is None else y + self.s * base.op.out(self.lora_B.bias)
+        return self.plus(base(x), base.op(self.drop(x), self.lora_A.weight), base, self.lora_B.weight)
