@@ -18,6 +18,11 @@ from trimtab.model import PeftModel, get_peft_model
 from trimtab.train.trainer import Trainer
 
 LEARNERS: dict[str, tuple[float, dict[str, Any]]] = {
+    "bdlora": (2e-2, {"use_bdlora": {"target_modules_bd_a": ["down"], "target_modules_bd_b": ["q_", "v_"], "nblocks": 2}}),
+    "kasa": (2e-2, {"kasa_config": {"beta": 0.0, "gamma": 0.0}}),
+    "monteclora": (2e-2, {"monteclora_config": {"kl_loss_weight": 0.0}}),
+    "qalora": (2e-2, {"qalora_group_size": 4}),
+    "velora": (2e-2, {"velora_config": {"num_groups": 4}}),
     "adalora": (2e-2, {"total_step": 8, "init_r": 6, "target_r": 4, "orth_reg_weight": 0.0}),
     "adamss": (2e-2, {"r": 8, "subspace_rank": 2}),
     "deft": (5e-3, {"r": 4}),
