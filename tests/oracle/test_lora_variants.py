@@ -184,15 +184,15 @@ def test_monteclora_s_noise_is_peft_s() -> None:
 
 
 def test_monteclora_draws_as_peft_does() -> None:
-    """Means and variances of 4,000 draws of the noise, of v and of the weights."""
+    """Means and variances of 1,500 draws of the noise, of v and of the weights."""
     torch.manual_seed(0)
-    us, them = pair("monteclora", r=4, monteclora_config={"num_samples": 3, "sample_scaler": 1.0, "buffer_size": 4000})
+    us, them = pair("monteclora", r=4, monteclora_config={"num_samples": 3, "sample_scaler": 1.0, "buffer_size": 50})
     (path, adapter), *_ = adapters(us)
     ours = adapter.lora_monteclora_sampler
     theirs = them.base_model.model.get_submodule(path).lora_monteclora_sampler["default"]
     A, found = torch.zeros(4, 32), {"ours": [], "theirs": []}
     with torch.no_grad():
-        for _ in range(4000):
+        for _ in range(1500):
             noise = ours(A)
             found["ours"].append(torch.cat([noise.square().mean(1), ours.v(), ours.p(), ours.gaussian_var_prior.diag()]))
             noises, p = theirs()
@@ -201,7 +201,7 @@ def test_monteclora_draws_as_peft_does() -> None:
             found["theirs"].append(torch.cat([noise.square().mean(1), v, p, v]))
     for statistic in (torch.mean, torch.std):
         a, b = (statistic(torch.stack(rows), 0) for rows in found.values())
-        assert ((a - b).abs() / b).max() < 0.12, (a, b)
+        assert ((a - b).abs() / b).max() < 0.15, (a, b)
 
 
 def test_a_dirichlet_divergence_is_one_where_peft_s_has_a_sign_turned() -> None:
