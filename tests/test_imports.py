@@ -17,7 +17,8 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"files"},
     {"core"},
-    {"bases", "methods", "inits"},
+    {"bases", "inits"},
+    {"methods"},  # LoRA starts by an init
     {"fused", "store", "blend"},
     {"verbs"},
     {"status"},

@@ -1,7 +1,7 @@
 """trimtab: fine-tune a large frozen model with a small trained part.
 
-Everything public is in `__all__`, and beside it the config class of every method: the files of `methods/` are looked through
-for it, so that a new method is known here by being there.
+Everything public is in `__all__`, and beside it the config class of every method and initialisation: the files of `methods/`
+and `inits/` are looked through for it, so that a new one is known here by being there.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def _homes(name: str) -> Iterator[ModuleType]:
     if name in __all__:
         yield from (importlib.import_module(f"trimtab.{home}") for home in _HOMES)
     elif name.endswith("Config") and not name.startswith("_"):
-        modules = importlib.import_module("trimtab.core.config").modules()
+        find = importlib.import_module("trimtab.core.config").modules
+        modules = [*find(), *find("trimtab.inits")]
         stem = name.removesuffix("Config").lower()
         for module in sorted(modules, key=lambda m: m.rpartition(".")[2].replace("_", "") != stem):  # likeliest first
             yield importlib.import_module(module)

@@ -17,6 +17,7 @@ from trimtab.core.base import Base
 from trimtab.errors import NotSupported
 
 if TYPE_CHECKING:
+    from trimtab.core.config import PeftConfig
     from trimtab.core.group import Group
 
 T = TypeVar("T")
@@ -73,6 +74,12 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(torch.zeros(shape))
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None if bias is None else nn.Parameter(torch.zeros(bias)))
+
+    def freeze(self) -> None:
+        """The weight stays as it is: saved and merged, and nobody's to train."""
+        weight = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", weight)
 
 
 class Adapter(nn.Module):
@@ -132,6 +139,11 @@ class Adapter(nn.Module):
     @classmethod
     def unpack(cls, group: Group, tensors: Tensors) -> Tensors:
         return tensors
+
+    @classmethod
+    def filed(cls, group: Group) -> PeftConfig:
+        """The config that stands beside what `pack` gives."""
+        return group.config
 
     def published(self, key: str) -> str:
         """The name in the file of this adapter's own tensor `key`."""

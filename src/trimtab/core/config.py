@@ -64,8 +64,8 @@ class PeftConfig:
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         sets: dict[str, set[str]] = {k: v for k, v in values.items() if isinstance(v, set)}
-        held = {k: dataclasses.asdict(v) for k, v in values.items() if dataclasses.is_dataclass(v)}
-        return {"peft_type": self.peft_type} | values | {k: sorted(v) for k, v in sets.items()} | held
+        nested = {k: dataclasses.asdict(v) for k, v in values.items() if dataclasses.is_dataclass(v)}
+        return {"peft_type": self.peft_type} | values | nested | {k: sorted(v) for k, v in sets.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`: keys sorted, `inference_mode` true, so that loading gives a frozen adapter."""
@@ -233,9 +233,9 @@ def load(name: str) -> Method:
     return _methods[key]
 
 
-def modules() -> list[str]:
-    """The modules of all methods."""
-    places = [(p, importlib.import_module(p).__path__) for p in ("trimtab.methods", "trimtab.methods.prompt")]
+def modules(*packages: str) -> list[str]:
+    """The modules of all methods, or of these packages."""
+    places = [(p, importlib.import_module(p).__path__) for p in packages or ("trimtab.methods", "trimtab.methods.prompt")]
     found = [(package, module) for package, path in places for module in pkgutil.iter_modules(path)]
     return [f"{package}.{m.name}" for package, m in found if not m.ispkg and not m.name.startswith("_")]
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
+from trimtab.errors import NotSupported
 from trimtab.methods.lora import LoRA, LoraConfig
 
 
@@ -21,7 +22,13 @@ class Variant(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A' (r, in, *kernel) and B' (out, r / groups)."""
-        return self.lora.lora_A.weight, self.lora.lora_B.weight
+        return self.lora.factors()
+
+    def restart(self, cfg: LoraConfig, site: Site) -> None:
+        """Start again, where a factor has been given another shape."""
+        if cfg.init_lora_weights not in (True, False, "gaussian"):
+            raise NotSupported(f"init_lora_weights={cfg.init_lora_weights!r} cannot start the factors at {site.name!r}")
+        self.lora.begin(cfg, site)
 
     def weight(self, w: Tensor) -> Tensor:
         return self.lora.moved(w, *self.factors())

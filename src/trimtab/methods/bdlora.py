@@ -66,7 +66,7 @@ class BDLoRA(Variant):
             self.lora.lora_A = Factor(r, fan_in[0] // n, *fan_in[1:])
         elif self.side == "b":
             self.lora.lora_B = Factor(out, r // n)
-        self.lora.reset(cfg, site)
+        self.restart(cfg, site)
         if self.side == "a" and cfg.init_lora_weights is True and site.kind != "embedding":
             nn.init.kaiming_uniform_(self.lora.lora_A.weight, generator=site.generator("lora_A"))
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.core.adapter import Adapter, Factor, Site
+from trimtab.core.adapter import Factor, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, Excludes, FanIn, Layers, Targets, default_like, in_range, method, option
 from trimtab.errors import ConfigError, NotSupported
+from trimtab.inits._start import Started, settle, without_data
 
 
 @dataclass(kw_only=True)
@@ -19,7 +20,9 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     lora_alpha: int | float = option(8, "the product is scaled by lora_alpha / r")
     lora_dropout: float = option(0.0, "dropout on the input of the product")
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead (arXiv:2312.03732)")
-    init_lora_weights: bool | str = option(True, "true: A random, B zero; gaussian; false: both random")
+    init_lora_weights: bool | str = option(
+        True, "true: A random, B zero; pissa, olora, eva, ...: see docs; false: both random", choices=without_data()
+    )
     lora_bias: bool = option(False, "a trained bias on B")
     rank_pattern: dict[str, int] = option(dict, "r by layer name or regex")
     alpha_pattern: dict[str, int | float] = option(dict, "lora_alpha by layer name or regex")
@@ -49,8 +52,7 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
         super().__post_init__()
         in_range("r", self.r, 1)
         in_range("lora_dropout", self.lora_dropout, 0, 1)
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise NotSupported(f"init_lora_weights={self.init_lora_weights!r}: this version knows true, false and 'gaussian'")
+        settle(self)
         fields = self.__dataclass_fields__.items()
         if later := [n for n, f in fields if f.metadata.get("later") and not default_like(getattr(self, n))]:
             raise NotSupported(f"{later[0]}={getattr(self, later[0])!r} is not supported by this version")
@@ -59,10 +61,11 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
 
 
 @method("LORA", config=LoraConfig, small={"r": 4})
-class LoRA(Adapter):
+class LoRA(Started):
     """W' = W + s B A,  b' = b + s b_B,  s = alpha / r                                         arXiv:2106.09685, eq. 3
 
-    A (r, in, *kernel) starts random, B (out, r / groups) at 0, so W' = W at the start. `use_rslora`: s = alpha / sqrt(r).
+    A (r, in, *kernel) and B (out, r / groups) start by `init_lora_weights`, a file in `inits/`: A random and B at 0 unless
+    asked otherwise. `use_rslora`: s = alpha / sqrt(r).
     """
 
     additive = True
@@ -82,18 +85,7 @@ class LoRA(Adapter):
         self.s = site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
         if site.kind == "embedding":
             self.names = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
-        self.reset(cfg, site)
-
-    def reset(self, cfg: LoraConfig, site: Site) -> None:
-        A, B = self.lora_A.weight, self.lora_B.weight
-        if site.kind == "embedding" and cfg.init_lora_weights:  # A is looked up, so it is the one that starts at 0
-            nn.init.normal_(B, generator=site.generator("lora_B"))
-        elif cfg.init_lora_weights == "gaussian":
-            nn.init.normal_(A, std=1 / A.shape[0], generator=site.generator("lora_A"))
-        else:
-            nn.init.kaiming_uniform_(A, a=5**0.5, generator=site.generator("lora_A"))
-        if not cfg.init_lora_weights:
-            nn.init.kaiming_uniform_(B, a=5**0.5, generator=site.generator("lora_B"))
+        self.begin(cfg, site)
 
     def moved(self, w: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """W + s B A. A variant puts its own factors in."""
@@ -105,10 +97,11 @@ class LoRA(Adapter):
         return y if self.lora_B.bias is None else y + self.s * base.op.out(self.lora_B.bias)
 
     def weight(self, w: Tensor) -> Tensor:
-        return self.moved(w, self.lora_A.weight, self.lora_B.weight)
+        return self.moved(w, *self.factors())
 
     def bias(self, b: Tensor | None, w: Tensor) -> Tensor | None:
         return b if self.lora_B.bias is None or b is None else b + self.s * self.lora_B.bias
 
     def forward(self, x: Tensor, base: Base) -> Tensor:  # the same line for Linear, Conv1D, Embedding and ConvNd
-        return self.plus(base(x), base.op(self.drop(x), self.lora_A.weight), base, self.lora_B.weight)
+        A, B = self.factors()
+        return self.plus(base(x), base.op(self.drop(x), A), base, B)

@@ -27,7 +27,7 @@ class QALoRA(Variant):
         if rest:
             raise NotSupported(f"QA-LoRA on {site.name!r}: qalora_group_size={self.g} does not divide {site.shape[1]} inputs")
         self.lora.lora_A = Factor(len(self.lora.lora_A.weight), self.n)
-        self.lora.reset(cfg, site)
+        self.restart(cfg, site)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = super().factors()
