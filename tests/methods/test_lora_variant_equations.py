@@ -215,3 +215,17 @@ def test_what_does_not_fit_is_refused() -> None:
     for pair in ({"use_dora": True, "kasa_config": {}}, {"use_qalora": True, "velora_config": {}}):
         with pytest.raises(NotSupported, match="cannot be combined"):
             method_of(trimtab.LoraConfig(**pair))
+
+
+def test_mica() -> None:
+    site, a, w, b = adapter("lora", r=2, lora_alpha=6, init_lora_weights="mica")
+    U = torch.linalg.svd(w)[0][:, OUT - 2 :]
+    assert [n for n, _ in a.named_parameters()] == ["lora_A.weight"]
+    assert torch.allclose(a.lora_B.weight @ a.lora_B.weight.T, U @ U.T)
+    holds(site, w + 3 * a.lora_B.weight @ a.lora_A.weight, b)
+    cfg = config_for("lora", r=7, init_lora_weights="mica", target_modules=["0"])
+    with pytest.raises(ConfigError, match="has 6 components, and r is 7"):
+        get_peft_model(nn.Sequential(nn.Linear(IN, OUT)), cfg)
+    cfg.r = 2  # type: ignore[attr-defined]
+    with pytest.raises(NotSupported, match="groups"):
+        get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), cfg)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet, kl_divergence
 
 import trimtab
-from trimtab.errors import BadCheckpoint
+from trimtab.errors import BadCheckpoint, ConfigError
 from trimtab.methods.monteclora import Sampler
 
 BLOCKS_A = {"target_modules_bd_a": ["q_proj", "query", "q"], "nblocks": 2, "match_strict": False}
@@ -317,3 +317,34 @@ def test_variants_act_on_four_bit_layers_where_peft_makes_a_plain_lora(
     those = peft.get_peft_model_state_dict(quiet_peft(make(), theirs))
     assert {k.rpartition("layer.")[2] for k in those} == {"lora_A.weight", "lora_B.weight"}
     assert any(tensor in k for k in mine) and {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in those.items()}
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bert", "t5"])
+def test_exchange_of_mica(model: str, tmp_path: Path) -> None:
+    exchange(model, *configs("lora", model, init_lora_weights="mica", r=4, lora_alpha=24), tmp_path)
+
+
+def test_exchange_of_mica_on_an_embedding(tmp_path: Path) -> None:
+    exchange("gpt2", *configs("lora", "gpt2", init_lora_weights="mica", r=4, target_modules=["wte"]), tmp_path)
+
+
+@pytest.mark.parametrize("names", [["c_attn", "c_proj"], ["wte"]], ids=str)
+def test_mica_starts_and_trains_as_peft_s(names: list[str]) -> None:
+    ours, theirs = configs("lora", "gpt2", init_lora_weights="mica", r=4, target_modules=names)
+    us, them = trimtab.get_peft_model(base("gpt2"), ours), quiet_peft(base("gpt2"), theirs)
+    mine, those = trimtab.get_peft_model_state_dict(us), peft.get_peft_model_state_dict(them)
+    assert mine.keys() == those.keys()
+    for k, v in mine.items():
+        close(v, those[k], 1e-6)
+    trained = {n.replace(".adapters.", ".").replace(".default", "") for n, p in us.named_parameters() if p.requires_grad}
+    assert len(trained) == sum(p.requires_grad for p in them.parameters()) and all("_A" in n for n in trained)
+    batch = inputs("gpt2") | {"labels": inputs("gpt2")["input_ids"]}
+    same_gradients(us, them, [m(**batch).loss for m in (us, them)])
+
+
+@pytest.mark.parametrize("switch", [{"use_dora": True}, {"kasa_config": {}}], ids=str)
+def test_mica_goes_with_no_variant_as_with_peft(switch: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"mica' and {next(iter(switch))} do not go together"):
+        configs("lora", "llama", init_lora_weights="mica", **switch)
+    with pytest.raises(ValueError, match="variant combination"):
+        quiet_peft(base("llama"), peft.LoraConfig(init_lora_weights="mica", **switch))
