@@ -169,6 +169,11 @@ class Layers(PeftConfig):
     layers_to_transform: list[int] | int | None = option(None, "only these layer numbers")
     layers_pattern: list[str] | str | None = option(None, "name of the list of layers, where it is not found")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts: give both")
+
 
 @dataclass(kw_only=True)
 class Biases(PeftConfig):

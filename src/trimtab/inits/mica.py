@@ -38,4 +38,4 @@ class Mica(Init):
 
     def fill(self, A: Tensor, B: Tensor, site: Site, s: float) -> None:
         U, _, _ = torch.linalg.svd(dense(site).flatten(1), full_matrices=False)
-        B.copy_(U[:, -B.shape[1] :])
+        B.copy_(U[:, -B.shape[1] :].reshape(B.shape))

@@ -65,7 +65,7 @@ class BDLoRA(Variant):
         if self.side == "a":
             self.lora.lora_A = Factor(r, fan_in[0] // n, *fan_in[1:])
         elif self.side == "b":
-            self.lora.lora_B = Factor(out, r // n)
+            self.lora.lora_B = Factor(out, r // n, *[1] * (len(fan_in) - 1))
         self.restart(cfg, site)
         if self.side == "a" and cfg.init_lora_weights is True and site.kind != "embedding":
             nn.init.kaiming_uniform_(self.lora.lora_A.weight, generator=site.generator("lora_A"))

@@ -65,7 +65,7 @@ class LoRA(Started):
     """W' = W + s B A,  b' = b + s b_B,  s = alpha / r                                         arXiv:2106.09685, eq. 3
 
     A (r, in, *kernel) and B (out, r / groups) start by `init_lora_weights`, a file in `inits/`: A random and B at 0 unless
-    asked otherwise. `use_rslora`: s = alpha / sqrt(r).
+    asked otherwise. `use_rslora`: s = alpha / sqrt(r). A layer without a bias is merged into one that has b_B.
     """
 
     additive = True
@@ -76,11 +76,12 @@ class LoRA(Started):
         (out, *fan_in), r = site.shape, site.pick(cfg.rank_pattern, cfg.r)
         if r % site.base.op.groups:
             raise NotSupported(f"LoRA on {site.name!r}: r={r} is no multiple of its {site.base.op.groups} groups")
-        if cfg.lora_bias and site.base.bias() is None:
-            raise NotSupported(f"lora_bias: {site.name!r} has no bias that the trained one could be merged into")
+        if cfg.lora_bias and site.kind == "embedding":
+            raise NotSupported(f"lora_bias: {site.name!r} is an embedding, which has no bias that it could be merged into")
         self.op = site.base.op
         self.lora_A = Factor(r, *fan_in)  # weight (r, in, *kernel)
-        self.lora_B = Factor(out, r // self.op.groups, bias=out if cfg.lora_bias else None)  # weight (out, r / groups)
+        ones = [1] * (len(fan_in) - 1)  # the file has B as a convolution where A is one
+        self.lora_B = Factor(out, r // self.op.groups, *ones, bias=out if cfg.lora_bias else None)  # (out, r / groups)
         self.drop = nn.Dropout(cfg.lora_dropout) if site.kind != "embedding" else nn.Identity()  # ids cannot be dropped
         self.s = site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
         if site.kind == "embedding":
@@ -100,7 +101,8 @@ class LoRA(Started):
         return self.moved(w, *self.factors())
 
     def bias(self, b: Tensor | None, w: Tensor) -> Tensor | None:
-        return b if self.lora_B.bias is None or b is None else b + self.s * self.lora_B.bias
+        more = self.s * self.lora_B.bias if self.lora_B.bias is not None else None
+        return b if more is None else more if b is None else b + more
 
     def forward(self, x: Tensor, base: Base) -> Tensor:  # the same line for Linear, Conv1D, Embedding and ConvNd
         A, B = self.factors()
