@@ -22,6 +22,10 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
+    from trimtab.inits.corda import preprocess_corda
+    from trimtab.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from trimtab.inits.loftq import replace_lora_weights_loftq
+    from trimtab.inits.lora_ga import preprocess_loraga
     from trimtab.methods.lora import LoraConfig
     from trimtab.model import (
         PeftModel,
@@ -46,6 +50,10 @@ __version__ = "0.1.0"
 # `trimtab --help` needs neither.
 _HOMES = (
     "core.config",
+    "inits.corda",
+    "inits.eva",
+    "inits.loftq",
+    "inits.lora_ga",
     "methods.lora",
     "model",
     "status",
@@ -72,13 +80,18 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "Trainer",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
 ]
 

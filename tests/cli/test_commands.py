@@ -77,7 +77,7 @@ def test_methods_of_one_shows_its_options(run: Callable) -> None:
             "arxiv.org/abs/2106.09685",
         )
     )
-    assert not [w for w in ("--eva_config", "--megatron_core") if w in shown]  # not in this version
+    assert not [w for w in ("--layer_replication", "--megatron_core") if w in shown]  # not in this version
     assert shown.index("--r ") < shown.index("--lora_alpha") < shown.index("--bias")
     result = run("methods", "lorra")
     assert (result.exit_code, "Did you mean 'lora'?" in result.stderr) == (2, True)

@@ -124,7 +124,7 @@ def test_unknown_keys_of_a_config(folder: Path) -> None:
     "field",
     [
         {"alora_invocation_tokens": [1]},
-        {"eva_config": {"rho": 2.0}},
+        {"target_parameters": ["weight"]},
     ],
     ids=str,
 )

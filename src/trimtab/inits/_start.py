@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.core.adapter import Adapter, Factor, Site, Tensors
 from trimtab.core.config import PeftConfig, one_of, replaced
@@ -51,6 +52,9 @@ class Init:
         """Write into A and B, which are zeros in float32 on the CPU. The adapter adds s B A to the weight."""
         raise NotImplementedError
 
+    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        """Gather what it `needs`, and may change the config, before the adapter is made on `model`."""
+
 
 def init(cls: I) -> I:
     """Register an initialisation under the name of its file."""
@@ -80,6 +84,12 @@ def init_of(cfg: Any) -> Init:
         name = max(fitting, key=len) if fitting else one_of("init_lora_weights", value, [True, False, *named])
         rest = value[len(name) + 1 :]
     return _class(name)(cfg, rest)
+
+
+def calibrate(model: nn.Module, cfg: Any, batches: Iterable[Any]) -> None:
+    """Let the init that a config asks for, where it needs data, see these batches before the adapter is made."""
+    if hasattr(cfg, "init_lora_weights") and (start := init_of(cfg)).needs:
+        start.calibrate(model, batches)
 
 
 def settle(cfg: Any) -> Init:
@@ -159,10 +169,11 @@ class Started(Adapter):
             elif start.repeats:
                 A0, B0 = part.start_A, part.start_B
             else:
+                cfg: Any = group.config
                 raise BadCheckpoint(
-                    f"adapter {group.name!r} was started by {group.config.init_lora_weights!r} on weights that were changed for "  # type: ignore[attr-defined]
-                    f"it, and the file does not say how: on the model as published it is another adapter. Fix: where it was "
-                    f"trained, save it with path_initial_model_for_weight_conversion, which writes a plain LoRA"
+                    f"adapter {group.name!r} was started by {cfg.init_lora_weights!r} on weights that were changed for it, and "
+                    f"the file does not say how: on the model as published it is another adapter. Fix: where it was trained, "
+                    f"save it with path_initial_model_for_weight_conversion, which writes a plain LoRA"
                 )
             tensors |= dict(zip(((path, name) for name in _NAMES), (A, B, A0, B0), strict=True))  # type: ignore[arg-type]
         return tensors

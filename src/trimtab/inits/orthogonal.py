@@ -14,7 +14,7 @@ from trimtab.inits._start import Init, init
 
 @init
 class Orthogonal(Init):
-    """A = (G Q_0)^T / 10, B = H Q_1 / 10, so B A = 0          datta0.github.io/posts/rethink-lora-init, orthogonal initialisation
+    """A = (G Q_0)^T / 10, B = H Q_1 / 10, so B A = 0                         datta0.github.io/posts/rethink-lora-init
 
     Q (r, r) is a random orthogonal matrix, Q_0 and Q_1 its rows of even and of odd number; G (in, r / 2) and H (out, r / 2)
     are normal.
