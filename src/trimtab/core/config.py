@@ -64,7 +64,7 @@ class PeftConfig:
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         sets: dict[str, set[str]] = {k: v for k, v in values.items() if isinstance(v, set)}
-        nested = {k: dataclasses.asdict(v) for k, v in values.items() if dataclasses.is_dataclass(v)}
+        nested = {k: dataclasses.asdict(cast(Any, v)) for k, v in values.items() if dataclasses.is_dataclass(v)}
         return {"peft_type": self.peft_type} | values | nested | {k: sorted(v) for k, v in sets.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -123,7 +123,7 @@ def _held(name: str, value: Any, place: str) -> Any:
     if not isinstance(given, (dict, cls)):
         raise ConfigError(f"{name}={value!r}: it is a {kind}, or a mapping of its options")
     names = [f.name for f in fields(cls)]
-    if unknown := [k for k in given if k not in names] if isinstance(given, dict) else []:
+    if unknown := [k for k in cast("dict[str, Any]", given) if k not in names] if isinstance(given, dict) else []:
         raise ConfigError(f"{name} has no option {unknown[0]!r}.{nearest(unknown[0], names)} It has: {', '.join(names)}")
     return cls(**given) if isinstance(given, dict) else given
 

@@ -38,6 +38,8 @@ class KaSA(Variant):
     """
 
     starts_at_base = False
+    P: Tensor
+    Q: Tensor
 
     def __init__(self, cfg: LoraConfig, site: Site) -> None:
         super().__init__(cfg, site)
@@ -56,8 +58,7 @@ class KaSA(Variant):
         return self.lora_diag.view(-1, *[1] * (A.dim() - 1)) * A, B
 
     def weight(self, w: Tensor) -> Tensor:
-        P, Q = self.P, self.Q
-        return super().weight(w) - (P @ Q).view_as(w)
+        return super().weight(w) - (self.P @ self.Q).view_as(w)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         return super().forward(x, base) - product(x, base, self.Q, self.P)
@@ -66,9 +67,9 @@ class KaSA(Variant):
     def penalty(cls, group: Group) -> Tensor | None:
         cfg: Any = group.config
         parts = [a for _, a in group.each(cls) if a.lora_diag.requires_grad]
-        return sum(a._penalty(cfg.kasa_config) for a in parts) if parts else None
+        return torch.stack([a.regular(cfg.kasa_config) for a in parts]).sum() if parts else None
 
-    def _penalty(self, cfg: KasaConfig) -> Tensor:
+    def regular(self, cfg: KasaConfig) -> Tensor:
         A, B = super().factors()
         one = torch.eye(len(self.lora_diag)).to(A)
         errors = sum((m - one).norm() for m in (A.flatten(1) @ A.flatten(1).T, B.T @ B))

@@ -42,6 +42,9 @@ class Sampler(nn.Module):
     expert_weights_prior: the normal approximation of a Dirichlet draw
     """
 
+    gaussian_var_prior: Tensor
+    expert_weights: Tensor
+
     def __init__(self, cfg: MontecloraConfig, r: int, site: Site) -> None:
         super().__init__()
         n, self.cfg = cfg.num_samples, cfg
@@ -102,4 +105,4 @@ class MonteCLoRA(Variant):
     @classmethod
     def penalty(cls, group: Group) -> Tensor | None:
         found: list[Any] = [a.lora_monteclora_sampler for _, a in group.each(cls) if a.lora.lora_A.weight.requires_grad]
-        return sum(s.penalty() for s in found) / len(found) if found else None
+        return torch.stack([s.penalty() for s in found]).mean() if found else None

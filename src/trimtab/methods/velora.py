@@ -72,6 +72,7 @@ class VeLoRA(Variant):
     """
 
     noisy, remembers = True, ("lora_velora_embed",)
+    lora_velora_embed: Tensor
 
     def __init__(self, cfg: LoraConfig, site: Site) -> None:
         site.need("VeLoRA", "linear")
