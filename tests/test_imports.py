@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"core"},
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
-    {"fused", "store", "blend"},
+    {"fused", "store", "blend", "optim"},
     {"verbs"},
     {"status"},
     {"model"},

@@ -131,7 +131,7 @@ def test_it_starts_and_trains_as_theirs(name: str, options: dict[str, Any], mode
             close(B, yours[path][2], 1e-2 if options.get("own", {}).get("scale") == "weight_svd" else 1e-3)
         assert abs(A.norm() / yours[path][1].norm() - 1) < 1e-2 > abs(B.norm() / yours[path][2].norm() - 1)
     a, b = descend(ours), descend(theirs)
-    assert a[-1] < a[0] and max(abs(x - y) for x, y in zip(a, b, strict=True)) < 2e-3
+    assert a[-1] < a[0] and max(abs(x - y) for x, y in zip(a, b, strict=True)) < 5e-3
 
 
 @each

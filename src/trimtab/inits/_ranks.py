@@ -91,7 +91,7 @@ class Seen:
     def spread(self) -> Counter[str]:
         """The rank of each layer."""
         if missing := [name for name in self.ranks if self.leaders.get(name) not in self.parts]:
-            raise TrainingError(f"EVA: no batch has an input for {missing[0]!r}. Fix: rows with labels, or use_label_mask=False")
+            raise TrainingError(f"EVA: no batch has an input for {missing[0]!r}. Fix: rows with labels, or no use_label_mask")
         shares = [
             (share, name)
             for name, r in self.ranks.items()

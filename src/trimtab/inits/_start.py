@@ -36,6 +36,9 @@ class Init:
     kinds: ClassVar[tuple[str, ...]] = ("linear",)  # layers that it fits
     options: ClassVar[type[Any] | None] = None
     needs: ClassVar[str] = ""  # the function that gathers what it needs to know of the user's data
+    remedy: ClassVar[str] = (  # for a file without the start
+        "where it was trained, save it with path_initial_model_for_weight_conversion, which writes a plain LoRA"
+    )
 
     def __init__(self, cfg: Any, rest: str = "") -> None:
         """Raise `ConfigError` for what can be known to be wrong before there is a model."""
@@ -172,8 +175,7 @@ class Started(Adapter):
                 cfg: Any = group.config
                 raise BadCheckpoint(
                     f"adapter {group.name!r} was started by {cfg.init_lora_weights!r} on weights that were changed for it, and "
-                    f"the file does not say how: on the model as published it is another adapter. Fix: where it was trained, "
-                    f"save it with path_initial_model_for_weight_conversion, which writes a plain LoRA"
+                    f"the file does not say how: on the model as published it is another adapter. Fix: {start.remedy}"
                 )
             tensors |= dict(zip(((path, name) for name in _NAMES), (A, B, A0, B0), strict=True))  # type: ignore[arg-type]
         return tensors

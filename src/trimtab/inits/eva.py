@@ -82,8 +82,7 @@ def get_eva_state_dict(
     sites, prefix = data.sites_of(model, cfg, adapter_name), PREFIX if bare is not model else ""
     seen = Seen(sites, cfg, prepare_layer_inputs_fn, prefix)
     with data.mode(bare, training=False), data.watched(sites, seen.look), groups.disabled(bare):
-        for given in dataloader:
-            batch = data.moved(given, data.device_of(bare))
+        for batch in (data.moved(given, data.device_of(bare)) for given in dataloader):
             seen.next(prepare_model_inputs_fn(batch, cfg) if prepare_model_inputs_fn else batch)
             forward_fn(model, batch)
             if seen.settled():
@@ -107,13 +106,12 @@ def initialize_lora_eva_weights(
     """Make the adapter anew with the components, or those of `eva_state_dict`, and the ranks that follow from them. Call it
     before the optimizer is made. The adapter must have `init_lora_weights="eva"` and no other be active beside it."""
     bare = data.bare(model)
-    old = groups.group(bare, adapter_name)
-    cfg: Any = old.config
+    cfg: Any = (old := groups.group(bare, adapter_name)).config
     if len(groups.active(bare)) > 1 or cfg.init_lora_weights != "eva":
         raise ConfigError("initialize_lora_eva_weights: the adapter must have init_lora_weights='eva', and be active alone")
-    if eva_state_dict is None and dataloader is None:
-        raise ConfigError("initialize_lora_eva_weights: a dataloader or an eva_state_dict is needed")
     if eva_state_dict is None:
+        if dataloader is None:
+            raise ConfigError("initialize_lora_eva_weights: a dataloader or an eva_state_dict is needed")
         how = (forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name, gather_distributed_inputs)
         eva_state_dict = get_eva_state_dict(model, dataloader, cfg, *how)
     spread(data.sites_of(model, cfg, adapter_name), cfg, eva_state_dict)

@@ -39,6 +39,7 @@ class LoftQ(Init):
     """
 
     shifted, options = True, LoftQConfig
+    remedy = "load the model in 4 bits, and the adapter with its config's init_lora_weights set to true"
 
     def __init__(self, cfg: Any, rest: str = "") -> None:
         super().__init__(cfg, rest)

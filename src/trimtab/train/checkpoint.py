@@ -9,6 +9,7 @@ import shutil
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def kept(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = dict(trainable(model))
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
-            found |= {f"{path}.{name}": getattr(module, name) for name in module.remembers}
+            found |= {f"{path}.{name}": attrgetter(name)(module) for name in module.remembers}
     return found
 
 

@@ -17,8 +17,8 @@ from trimtab.data import Prepared, Renderer, prepare
 from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
-from trimtab.model import PeftModel, checkpoint_activations, get_peft_model
-from trimtab.train import batches, checkpoint, layouts, load, picture, samples
+from trimtab.model import PeftModel, checkpoint_activations
+from trimtab.train import batches, checkpoint, layouts, load, low_rank, picture, samples
 from trimtab.train.audits import trainable
 from trimtab.train.batches import Together
 from trimtab.train.callbacks import MetricsFile, ProgressBar, clock, read_metrics
@@ -60,7 +60,7 @@ def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
     tokenizer = load.load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     renderer, data = _data(options, tokenizer, say)
     set_seed(options.seed)  # before the adapter is created: its start is part of the run
-    model = _model(options, folder, hardware)
+    model = _model(options, folder, hardware, data, tokenizer.pad_token_id)
     _tell_model(model, options, say)
     return _Job(options, console, say, hardware, renderer, data, model).run()
 
@@ -101,7 +101,7 @@ def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prep
     return renderer, data
 
 
-def _model(o: TrainOptions, folder: Path, hardware: Hardware) -> PeftModel:
+def _model(o: TrainOptions, folder: Path, hardware: Hardware, data: Prepared, pad: int) -> PeftModel:
     base = load.load_model(
         folder,
         dtype=hardware.dtype,
@@ -116,7 +116,7 @@ def _model(o: TrainOptions, folder: Path, hardware: Hardware) -> PeftModel:
         checkpoint_activations(base)
     if o.init_adapter is not None:
         return PeftModel.from_pretrained(base, str(Path(o.init_adapter).expanduser()), is_trainable=True)
-    return get_peft_model(base, config_for(o.adapter, **adapter_options(o)))
+    return low_rank.adapted(base, config_for(o.adapter, **adapter_options(o)), folder, data, pad)
 
 
 def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
@@ -196,6 +196,8 @@ class _Job:
             processing_class=self.renderer.tokenizer,
             callbacks=callbacks,
             packing=self.packing,
+            optim=o.optim if o.optim in low_rank.OPTIONS else None,
+            optim_options=asdict(o),
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -223,7 +225,7 @@ class _Job:
             warmup_steps=warmup,
             weight_decay=o.weight_decay,
             max_grad_norm=o.max_grad_norm,
-            optim=o.optim,
+            optim=TrainOptions.optim if o.optim in low_rank.OPTIONS else o.optim,
             seed=o.seed,
             train_sampling_strategy="random" if o.shuffle else "sequential",
             logging_steps=o.logging_steps,

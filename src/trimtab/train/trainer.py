@@ -23,7 +23,7 @@ from trimtab.core.group import Group, groups
 from trimtab.data import Example
 from trimtab.errors import TrainingError
 from trimtab.model import PeftModel
-from trimtab.train import checkpoint, layouts
+from trimtab.train import checkpoint, layouts, low_rank
 from trimtab.train.audits import StepAudit, some_labels, trainable
 from trimtab.train.batches import EXAMPLES, ROWS, Collator, Together
 from trimtab.train.checkpoint import Counts
@@ -39,14 +39,17 @@ class Trainer(transformers.Trainer):
 
     Rows of a decoder model that are `Example`s, or hold `input_ids` and `labels`, need no data_collator: they are laid out
     in packs, by `packing` where it is given, or padded where the engine does not take the model. One line says which.
-    Batches of a data_collator of the caller's go through the model as they are.
+    Batches of a data_collator of the caller's go through the model as they are. `optim` is loraplus, lorafa or riemannian, with
+    `optim_options`; for others it is in the arguments.
     """
 
     model: Any
     accelerator: Any
     optimizer: Any
 
-    def __init__(self, *args: Any, packing: Packing | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, packing: Packing | None = None, optim: str | None = None, optim_options: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         base: Any = self.base()
         another = self.compute_loss_func is not None or self.label_smoother is not None
@@ -64,6 +67,9 @@ class Trainer(transformers.Trainer):
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep gradients where they cannot be read
             self.add_callback(StepAudit())
         self.add_callback(_AfterStep(self._live))
+        self._optim = {} if optim is None else {"optim": f"{optim} {low_rank.chosen(optim, optim_options)}"}
+        if optim is not None:
+            self.optimizer = low_rank.optimizer(optim, self.base(), self.args, optim_options)
         self.counts = Counts()
         self._step_rows: list[str] = []
         self._logged = Counts()
@@ -336,7 +342,7 @@ class Trainer(transformers.Trainer):
 
     def _signature(self) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
-        run = {name: str(getattr(self.args, name)) for name in SAME}
+        run = {name: str(getattr(self.args, name)) for name in SAME} | self._optim
         run["steps"] = str(self.state.max_steps)
         run["batch_size"] = str(self.get_total_train_batch_size(self.args))
         self._rows_hash = self._rows_hash or checkpoint.fingerprint(_items(self.train_dataset))
