@@ -123,7 +123,6 @@ def test_unknown_keys_of_a_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"use_qalora": True},
         {"alora_invocation_tokens": [1]},
         {"target_parameters": ["weight"]},
     ],

@@ -34,7 +34,7 @@ class TaskType(str, Enum):
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to;
-    `choices`: values that the contract tries, beside true and false."""
+    `choices`: values that the contract tries, beside true and false; `holds`: where the class stands whose options it is."""
     make: Any = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"help": help, **more})
 
@@ -56,6 +56,10 @@ class PeftConfig:
             self.task_type = one_of(
                 "task_type", getattr(self.task_type, "value", self.task_type), [t.value for t in TaskType]
             )
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if "holds" in f.metadata and value is not None and value is not False:
+                setattr(self, f.name, _held(f.name, value, f.metadata["holds"]))
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -111,6 +115,19 @@ class PeftConfig:
         return config
 
 
+def _held(name: str, value: Any, place: str) -> Any:
+    """The options that a field holds: an object of the class at `place`, from a dict, or from true: all as they are."""
+    module, _, kind = place.rpartition(".")
+    cls: Any = getattr(importlib.import_module(f"trimtab.{module}"), kind)
+    given: Any = {} if value is True else value
+    if not isinstance(given, (dict, cls)):
+        raise ConfigError(f"{name}={value!r}: it is a {kind}, or a mapping of its options")
+    names = [f.name for f in fields(cls)]
+    if unknown := [k for k in cast("dict[str, Any]", given) if k not in names] if isinstance(given, dict) else []:
+        raise ConfigError(f"{name} has no option {unknown[0]!r}.{nearest(unknown[0], names)} It has: {', '.join(names)}")
+    return cls(**given) if isinstance(given, dict) else given
+
+
 def default_like(value: Any) -> bool:
     """Null, false, empty, or a dict of such: a key from another version with such a value says nothing."""
     if isinstance(value, dict):
@@ -151,6 +168,11 @@ class Excludes(PeftConfig):
 class Layers(PeftConfig):
     layers_to_transform: list[int] | int | None = option(None, "only these layer numbers")
     layers_pattern: list[str] | str | None = option(None, "name of the list of layers, where it is not found")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts: give both")
 
 
 @dataclass(kw_only=True)

@@ -149,7 +149,7 @@ class Started(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """What is multiplied: A and B, or, where a start is taken off, factors of rank 2r of the same difference."""
-        A, B = self.lora_A.weight, self.lora_B.weight
+        A, B = self.lora_A.weight, self.lora_B.weight.flatten(1)
         return (A, B) if self.start_A is None or self.start_B is None else _difference(A, B, self.start_A, self.start_B)
 
     @classmethod
