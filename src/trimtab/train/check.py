@@ -34,6 +34,7 @@ AT_LEAST = {
     "save_steps": 1,
     "save_total_limit": 1,
     "early_stopping_patience": 1,
+    "stop_after_nonfinite": 1,
 }
 # those of transformers that need no settings of their own
 SCHEDULES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,7 @@ class _Job:
             processing_class=self.renderer.tokenizer,
             callbacks=callbacks,
             packing=self.packing,
+            stop_after_nonfinite=o.stop_after_nonfinite,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -288,10 +290,15 @@ class _Job:
     def _stopped(self, error: BaseException) -> None:
         if not self.main:
             return
-        if self.trainer.state.global_step == 0:
+        if not self.trainer.taken:
             self.folder.undo()
             return
+        with suppress(OSError):  # a full disk may be what stopped it; that is the error to show
+            self._write_stopped(error)
+
+    def _write_stopped(self, error: BaseException) -> None:
         self.record.error = str(error) or type(error).__name__
+        self.record.skipped_steps = self.trainer.skipped.counts.steps
         self.record.count(self.trainer.counts, self.trainer.state.global_step, read_metrics(self.path / METRICS))
         self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
@@ -308,6 +315,7 @@ class _Job:
         self._answer("after")
         metrics = read_metrics(self.path / METRICS)
         self.record.count(totals, state.global_step, metrics)
+        self.record.skipped_steps = trainer.skipped.counts.steps
         title = f"{self.record.adapter} on {Path(self.record.model).name}: {totals.examples:,} examples"
         picture.draw(metrics, self.path / PICTURE, title)
         samples.write(self.samples, self.path / SAMPLES)
