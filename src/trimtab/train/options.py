@@ -76,6 +76,9 @@ class TrainOptions:
     load_best_model_at_end: bool = option(False, "keep the adapter with the lowest validation loss", group="Run")
     report_to: list[str] = option(list, "loggers of transformers: tensorboard, wandb, ...", group="Run")
     resume_from_checkpoint: str | None = option(None, "continue from a checkpoint folder, or `last`", group="Run")
+    verify_resume: bool = option(
+        False, "first show on a few steps of this run that resuming it gives the same bytes", group="Run"
+    )
     sample_prompts: list[str] = option(list, "prompts answered before and after (default: a few rows)", group="Run")
     # the adapter's own fields, by their published names
     adapter_options: dict[str, Any] = option(dict, "r, lora_alpha, target_modules, ...", group="Adapter")
