@@ -36,6 +36,7 @@ AT_LEAST = {
     "early_stopping_patience": 1,
     "loraplus_lr_embedding": 0,
     "riemannian_reg": 0,
+    "stop_after_nonfinite": 1,
 }
 # those of transformers that need no settings of their own
 SCHEDULES = (

@@ -77,9 +77,15 @@ class TrainOptions:
     early_stopping_patience: int | None = option(
         None, "stop after this many evaluations without a better loss", group="Run"
     )
+    stop_after_nonfinite: int = option(
+        3, "steps in a row whose loss or gradient is not finite that end the run; 1: the first", group="Run"
+    )
     load_best_model_at_end: bool = option(False, "keep the adapter with the lowest validation loss", group="Run")
     report_to: list[str] = option(list, "loggers of transformers: tensorboard, wandb, ...", group="Run")
     resume_from_checkpoint: str | None = option(None, "continue from a checkpoint folder, or `last`", group="Run")
+    verify_resume: bool = option(
+        False, "first show on a few steps of this run that resuming it gives the same bytes", group="Run"
+    )
     sample_prompts: list[str] = option(list, "prompts answered before and after (default: a few rows)", group="Run")
     # the adapter's own fields, by their published names
     adapter_options: dict[str, Any] = option(dict, "r, lora_alpha, target_modules, ...", group="Adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from trimtab.train.rate import learning_rate
 from trimtab.train.record import Record
 from trimtab.train.samples import Sample
 from trimtab.train.trainer import Trainer
+from trimtab.train.verify import verify
 
 
 @dataclass
@@ -49,6 +51,13 @@ def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
     """Check, read, load, train, evaluate, write. What can be known before step 1 is an error before it."""
     console = (console or Console()) if batches.rank() == 0 else Console(quiet=True)
     check(options)
+    if options.verify_resume:
+        verify(options, _Teller(console).line)
+    return job(options, console).run()
+
+
+def job(options: TrainOptions, console: Console) -> Job:
+    """Everything read, loaded and told: a run that has only to be started."""
     hardware = pick(options.dtype)
     if hardware.device.type == "cpu":
         keep_freed()
@@ -62,7 +71,7 @@ def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
     set_seed(options.seed)  # before the adapter is created: its start is part of the run
     model = _model(options, folder, hardware, data, tokenizer.pad_token_id)
     _tell_model(model, options, say)
-    return _Job(options, console, say, hardware, renderer, data, model).run()
+    return Job(options, console, say, hardware, renderer, data, model)
 
 
 class _Teller:
@@ -129,7 +138,7 @@ def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
     say.line("adapter", f"{name}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}")
 
 
-class _Job:
+class Job:
     """One run, from a loaded model to the written folder."""
 
     def __init__(
@@ -176,7 +185,7 @@ class _Job:
             self.say.line("layout", why)
             return None
         made = Packing(engine, o.pack_tokens, rows=o.micro_batch_size, say=lambda text: self.say.line("", text))
-        tokens = sum(len(e.input_ids) for e in self.data.train) * self._steps() * o.batch_size / len(self.data.train)
+        tokens = sum(len(e.input_ids) for e in self.data.train) * self.steps() * o.batch_size / len(self.data.train)
         engine.compiled, why = choose("off" if o.gradient_checkpointing else o.compile, engine.model, tokens)
         self.say.line("layout", made.line)
         self.say.line("compile", why)
@@ -198,6 +207,7 @@ class _Job:
             packing=self.packing,
             optim=o.optim if o.optim in low_rank.OPTIONS else None,
             optim_options=asdict(o),
+            stop_after_nonfinite=o.stop_after_nonfinite,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -207,7 +217,7 @@ class _Job:
         share = o.batch_size // batches.ranks()
         micro = share if self.packing else batches.micro_size(o.batch_size, o.micro_batch_size)
         accumulate = share // micro
-        steps = self._steps()
+        steps = self.steps()
         warmup = 0 if o.lr_scheduler_type == "constant" else int(o.warmup_ratio * steps)  # it takes none
         split = "" if self.packing else f" ({micro} at a time)"
         length = f"{len(self.data.train):,} rows, {o.batch_size} a step{split}: {steps:,} steps"
@@ -247,7 +257,7 @@ class _Job:
             disable_tqdm=True,
         )
 
-    def _steps(self) -> int:
+    def steps(self) -> int:
         o = self.options
         epoch = math.ceil(len(self.data.train) / o.batch_size)
         return o.max_steps if o.max_steps > 0 else math.ceil(epoch * o.num_train_epochs)
@@ -290,10 +300,15 @@ class _Job:
     def _stopped(self, error: BaseException) -> None:
         if not self.main:
             return
-        if self.trainer.state.global_step == 0:
+        if not self.trainer.taken:
             self.folder.undo()
             return
+        with suppress(OSError):  # a full disk may be what stopped it; that is the error to show
+            self._write_stopped(error)
+
+    def _write_stopped(self, error: BaseException) -> None:
         self.record.error = str(error) or type(error).__name__
+        self.record.skipped_steps = self.trainer.skipped.counts.steps
         self.record.count(self.trainer.counts, self.trainer.state.global_step, read_metrics(self.path / METRICS))
         self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
@@ -310,6 +325,7 @@ class _Job:
         self._answer("after")
         metrics = read_metrics(self.path / METRICS)
         self.record.count(totals, state.global_step, metrics)
+        self.record.skipped_steps = trainer.skipped.counts.steps
         title = f"{self.record.adapter} on {Path(self.record.model).name}: {totals.examples:,} examples"
         picture.draw(metrics, self.path / PICTURE, title)
         samples.write(self.samples, self.path / SAMPLES)
