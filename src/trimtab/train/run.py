@@ -18,7 +18,7 @@ from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
 from trimtab.model import PeftModel, checkpoint_activations, get_peft_model
-from trimtab.train import batches, checkpoint, layouts, load, picture, samples
+from trimtab.train import batches, checkpoint, layouts, load, picture, samples, talks
 from trimtab.train.audits import trainable
 from trimtab.train.batches import Together
 from trimtab.train.callbacks import MetricsFile, ProgressBar, clock, read_metrics
@@ -98,6 +98,7 @@ def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prep
     say.line("loss on", f"{turns}; {own}, {ends}")
     if renderer.chat_template is not None:
         tokenizer.chat_template = renderer.chat_template  # so that the adapter folder renders as training did
+    talks.try_saving(renderer)
     return renderer, data
 
 
@@ -161,7 +162,7 @@ class _Job:
             device=hardware.device.type,
             trainable_parameters=model.get_nb_trainable_parameters()[0],
             data=data.ledger.as_dict(),
-            template={"fingerprint": renderer.fingerprint, "end_of_turn": renderer.end_of_turn},
+            template=talks.record(renderer, data.train),
             options=asdict(options) | {"learning_rate": self.rate},
         )
 
@@ -311,7 +312,7 @@ class _Job:
         title = f"{self.record.adapter} on {Path(self.record.model).name}: {totals.examples:,} examples"
         picture.draw(metrics, self.path / PICTURE, title)
         samples.write(self.samples, self.path / SAMPLES)
-        self.folder.finish(self.model, self.renderer.tokenizer)
+        self.folder.finish(self.model, self.renderer)
         self._write("completed")
         self._tell_result()
 
