@@ -13,7 +13,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import trimtab.fused  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers the faster forms
-from trimtab import store
+from trimtab import origin, store
+from trimtab.bounded import bounded
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
 from trimtab.core.group import Group
@@ -170,7 +171,7 @@ class PeftModel(Verbs):
             raise ConfigError("this model carries adapters already; load_adapter puts another one beside them")
         new.base_model = Tuner(model)
         kwargs |= {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype, "config": config}
-        new.load_adapter(path, adapter_name, **kwargs)
+        new.load_report = new.load_adapter(path, adapter_name, **kwargs)
         groups.activate(model, adapter_name, trainable=is_trainable)
         return new if is_trainable else new.eval()
 
@@ -193,6 +194,7 @@ class PeftModel(Verbs):
         raises and leaves the model as it was; `strict=False` returns the report instead."""
         path, model = store.folder(model_id, subfolder), self.get_base_model()
         config = replaced(config or PeftConfig.from_pretrained(path), inference_mode=not is_trainable)
+        origin.check(path, model, strict=strict)
         tensors = store.read(path, allow_pickle=allow_pickle)
         for pattern, new in (key_mapping or {}).items():
             tensors = {re.sub(pattern, new, k): v for k, v in tensors.items()}
@@ -200,7 +202,8 @@ class PeftModel(Verbs):
         if fresh:
             if whole := store.saved_whole(model, config, tensors):
                 config = replaced(config, modules_to_save=whole)
-            self._attach(adapter_name, config, autocast_adapter_dtype, strict=False)
+            with bounded(model, tensors, str(path)):
+                self._attach(adapter_name, config, autocast_adapter_dtype, strict=False)
         group = groups.group(model, adapter_name)
         try:
             report = store.load(
@@ -243,7 +246,9 @@ class PeftModel(Verbs):
                 if state_dict
                 else None
             )
-            store.save(Path(save_directory) / ("" if name == "default" else name), group, values)
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            store.save(folder, group, values)
+            origin.write(folder, self.get_base_model())
 
     # -- counting -----------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ Keys are `base_model.model.<path>.<tensor>` with no adapter name in them; what a
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from trimtab.core.group import Group
 from trimtab.core.sites import frozen, layers, matches
 from trimtab.errors import BadCheckpoint
 from trimtab.files import write
+from trimtab.headers import damaged, header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -100,6 +102,8 @@ def folder(name: str | Path, subfolder: str | None = None) -> Path:
             raise BadCheckpoint(
                 f"no adapter folder {str(name)!r} is here, and the local cache has none of that name"
             ) from None
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise BadCheckpoint(f"subfolder {subfolder!r} lies outside of {path}")
     path = path / (subfolder or "")
     if not path.is_dir():
         raise BadCheckpoint(f"no adapter folder {str(path)!r}")
@@ -114,21 +118,37 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     """The tensors of an adapter folder. Pickle can run code, so it is read only where that is asked for."""
     file, pickled = path / WEIGHTS_FILE, path / PICKLE_FILE
     if file.is_file():
+        need, there = sum(c.end - c.begin for c in header(file).values()), memory()
+        if need > there:  # a file may have holes: a claim that adds up is not yet one to allocate
+            raise BadCheckpoint(f"{file} claims {need:,} bytes of tensors; this machine has {there:,} bytes of memory")
         try:
             with safe_open(file, framework="pt") as opened:
                 return {k: opened.get_tensor(k) for k in opened.keys()}
         except (SafetensorError, OSError) as error:
-            raise BadCheckpoint(
-                f"{file} is damaged or cut off ({error}): copy it again, or take an earlier checkpoint"
-            ) from None
+            raise damaged(file, str(error)) from None
     if not pickled.is_file():
         raise BadCheckpoint(f"no {WEIGHTS_FILE} in {path}")
     if not allow_pickle:
         raise BadCheckpoint(
             f"{pickled} is a pickle, which can run code when it is opened. If you trust it, convert it once: "
-            f"safetensors.torch.save_file(torch.load({PICKLE_FILE!r}, weights_only=True), {WEIGHTS_FILE!r})"
+            f"safetensors.torch.save_file(torch.load({PICKLE_FILE!r}, weights_only=True), {WEIGHTS_FILE!r}); or read it as "
+            "it is: --allow_pickle, in Python allow_pickle=True"
         )
-    return torch.load(pickled, map_location="cpu", weights_only=True)
+    try:
+        read: Any = torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # what unpickling may raise is up to the file
+        raise BadCheckpoint(f"{pickled} cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
+    if not isinstance(read, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in read.items()):
+        raise BadCheckpoint(f"{pickled} does not hold tensors by name")
+    return read
+
+
+def memory() -> int:
+    """Bytes of this machine's memory, where it tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 2**63
 
 
 def saved_whole(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from trimtab.errors import BadCheckpoint, ConfigError, NotSupported, TrimtabWarning, nearest
+from trimtab.files import read_json, write_text
+from trimtab.typed import check
 
 FORMAT = "0.21.2"  # the version of the published file format that is written
 CONFIG_FILE = "adapter_config.json"
@@ -69,8 +71,6 @@ class PeftConfig:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`: keys sorted, `inference_mode` true, so that loading gives a frozen adapter."""
-        from trimtab.files import write_text
-
         text = json.dumps(self.to_dict() | {"inference_mode": True}, indent=2, sort_keys=True)
         write_text(Path(save_directory) / CONFIG_FILE, text + "\n")
 
@@ -91,7 +91,9 @@ class PeftConfig:
             )
         if unknown:
             warnings.warn(f"{where}: ignored without effect: {', '.join(sorted(unknown))}", TrimtabWarning)
-        return cls(**{k: v for k, v in values.items() if k in names})
+        known = {k: v for k, v in values.items() if k in names}
+        check(cls, known, where)
+        return cls(**known)
 
     @classmethod
     def from_pretrained(
@@ -101,13 +103,7 @@ class PeftConfig:
         path = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_FILE)
         if not path.is_file():
             raise BadCheckpoint(f"no {CONFIG_FILE} in {path.parent}: is this an adapter folder?")
-        try:
-            read: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BadCheckpoint(f"{path}: not JSON ({error})") from None
-        if not isinstance(read, dict):
-            raise BadCheckpoint(f"{path}: a JSON object is expected, found {type(read).__name__}")
-        values = cast("dict[str, Any]", read)
+        values = read_json(path)
         known = {k: v for k, v in kwargs.items() if values.get(k) is None}
         config = cls.from_dict(values | known, str(path))
         if not isinstance(config, cls):

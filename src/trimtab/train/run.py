@@ -19,7 +19,7 @@ from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
 from trimtab.model import PeftModel, checkpoint_activations
-from trimtab.train import batches, checkpoint, layouts, load, low_rank, picture, samples
+from trimtab.train import batches, checkpoint, layouts, load, low_rank, picture, samples, talks
 from trimtab.train.audits import trainable
 from trimtab.train.batches import Together
 from trimtab.train.callbacks import MetricsFile, ProgressBar, clock, read_metrics
@@ -107,6 +107,7 @@ def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prep
     say.line("loss on", f"{turns}; {own}, {ends}")
     if renderer.chat_template is not None:
         tokenizer.chat_template = renderer.chat_template  # so that the adapter folder renders as training did
+    talks.try_saving(renderer)
     return renderer, data
 
 
@@ -170,7 +171,7 @@ class Job:
             device=hardware.device.type,
             trainable_parameters=model.get_nb_trainable_parameters()[0],
             data=data.ledger.as_dict(),
-            template={"fingerprint": renderer.fingerprint, "end_of_turn": renderer.end_of_turn},
+            template=talks.record(renderer, data.train),
             options=asdict(options) | {"learning_rate": self.rate},
         )
 
@@ -329,7 +330,7 @@ class Job:
         title = f"{self.record.adapter} on {Path(self.record.model).name}: {totals.examples:,} examples"
         picture.draw(metrics, self.path / PICTURE, title)
         samples.write(self.samples, self.path / SAMPLES)
-        self.folder.finish(self.model, self.renderer.tokenizer)
+        self.folder.finish(self.model, self.renderer)
         self._write("completed")
         self._tell_result()
 
