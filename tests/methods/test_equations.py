@@ -115,8 +115,8 @@ def test_dropout_acts_in_training_alone_and_only_on_the_product() -> None:
         assert (site.eval()(x) - (x @ w.T + b)).abs().max() > 1e-3
 
 
-def test_ranks_that_do_not_divide_and_biases_that_are_not_there_are_refused() -> None:
+def test_ranks_that_do_not_divide_and_biases_of_embeddings_are_refused() -> None:
     with pytest.raises(NotSupported, match="no multiple of its 2 groups"):
         adapter("lora", nn.Conv1d(4, 4, 3, groups=2), r=3)
-    with pytest.raises(NotSupported, match="has no bias"):
-        adapter("lora", nn.Linear(4, 4, bias=False), r=2, lora_bias=True)
+    with pytest.raises(NotSupported, match="is an embedding"):
+        adapter("lora", nn.Embedding(4, 4), r=2, lora_bias=True)

@@ -77,11 +77,12 @@ class LoRA(Adapter):
         (out, *fan_in), r = site.shape, site.pick(cfg.rank_pattern, cfg.r)
         if r % site.base.op.groups:
             raise NotSupported(f"LoRA on {site.name!r}: r={r} is no multiple of its {site.base.op.groups} groups")
-        if cfg.lora_bias and site.base.bias() is None:
-            raise NotSupported(f"lora_bias: {site.name!r} has no bias that the trained one could be merged into")
+        if cfg.lora_bias and site.kind == "embedding":
+            raise NotSupported(f"lora_bias: {site.name!r} is an embedding, and those have no bias")
         self.op = site.base.op
         self.lora_A = Factor(r, *fan_in)  # weight (r, in, *kernel)
-        self.lora_B = Factor(out, r // self.op.groups, bias=out if cfg.lora_bias else None)  # weight (out, r / groups)
+        ones = [1] * len(fan_in[1:])  # published for convolutions
+        self.lora_B = Factor(out, r // self.op.groups, *ones, bias=out if cfg.lora_bias else None)  # (out, r / groups, *ones)
         self.drop = nn.Dropout(cfg.lora_dropout) if site.kind != "embedding" else nn.Identity()  # ids cannot be dropped
         self.s = site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
         self.names = (
@@ -103,13 +104,15 @@ class LoRA(Adapter):
             nn.init.kaiming_uniform_(B, a=5**0.5, generator=site.generator("lora_B"))
 
     def weight(self, w: Tensor) -> Tensor:
-        A, B = self.lora_A.weight, self.op.full(self.lora_B.weight)
+        A, B = self.lora_A.weight, self.op.full(self.lora_B.weight.flatten(1))
         return w + self.s * (B @ A.flatten(1)).view_as(w)
 
     def bias(self, b: Tensor | None, w: Tensor) -> Tensor | None:
-        return b if self.lora_B.bias is None or b is None else b + self.s * self.lora_B.bias
+        if self.lora_B.bias is None:
+            return b
+        return self.s * self.lora_B.bias if b is None else b + self.s * self.lora_B.bias
 
     def forward(self, x: Tensor, base: Base) -> Tensor:  # the same line for Linear, Conv1D, Embedding and ConvNd
-        A, B = self.lora_A.weight, self.lora_B.weight
+        A, B = self.lora_A.weight, self.lora_B.weight.flatten(1)
         y = base(x) + self.s * base.op.mix(base.op(self.drop(x), A), B)
         return y if self.lora_B.bias is None else y + self.s * base.op.out(self.lora_B.bias)
