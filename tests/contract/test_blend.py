@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-
 import pytest
 import torch
 from kinds import PLAIN, Case, Host, adapted, close, parts, randomise
