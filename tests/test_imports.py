@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"fused", "store"},
     {"blend"},
     {"verbs"},
-    {"status"},
+    {"status", "convert", "hotswap"},
     {"model"},
     {"auto"},
     {"engine"},

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from trimtab.convert import convert_to_lora, save_as_lora
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
+    from trimtab.hotswap import (
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+        rescale_adapter_scale,
+    )
     from trimtab.methods.lora import LoraConfig
     from trimtab.model import (
         PeftModel,
@@ -49,6 +56,8 @@ _HOMES = (
     "methods.lora",
     "model",
     "status",
+    "convert",
+    "hotswap",
     "auto",
     "train.trainer",
 )
@@ -72,13 +81,19 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "Trainer",
+    "convert_to_lora",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
+    "rescale_adapter_scale",
+    "save_as_lora",
     "set_peft_model_state_dict",
 ]
 

@@ -273,12 +273,17 @@ def _progress(items: list[tuple[str, AdapterLayer]], shown: bool) -> Iterable[tu
     return tqdm(items, desc="layers")
 
 
+def spread(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """One value for most layers, and a pattern for those that have another."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {path: v for path, v in values.items() if v != most}
+
+
 def _config(model: nn.Module, source: PeftConfig, ranks: dict[str, int], whole: list[str], *, lora_bias: bool) -> LoraConfig:
     """alpha is the rank everywhere, so the product is not scaled."""
     if not ranks:
         raise NotSupported("these adapters train modules whole and adapt no layer, so there is nothing that a LoRA could say")
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    other = {path: n for path, n in ranks.items() if n != r}
+    r, other = spread(ranks)
     leaves = sorted({path.rpartition(".")[2] for path in ranks})
     meant = {n for n, _ in layers(model) if any(ends_with(n, leaf) for leaf in leaves)}
     return LoraConfig(

@@ -71,6 +71,12 @@ def test_one_adapter_cut_to_a_rank_is_the_nearest_of_that_rank(case: Case) -> No
     assert fit.ranks == {"layer": 2} and abs(error - least) < 1e-5 and abs(fit.error - error) < 1e-5
 
 
+def test_norms_take_no_low_rank_product() -> None:
+    for case in (c for c in PLAIN if c.kind.name == "layernorm"):
+        with pytest.raises(NotSupported, match=r"a norm layer takes no low-rank product|no change of a weight"):
+            case.model().add_weighted_adapter(["default"], [1.0], "new")
+
+
 def low(layer: nn.Module | None = None, **options: object) -> PeftModel:
     torch.manual_seed(0)
     fields = {"r": 4, "lora_alpha": 12, "target_modules": ["layer"], "init_lora_weights": False} | options

@@ -66,7 +66,7 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
 class LoRA(Adapter):
     """W' = W + s B A,  b' = b + s b_B,  s = alpha / r                                         arXiv:2106.09685, eq. 3
 
-    A (r, in, *kernel) starts random, B (out, r / groups) at 0, so W' = W at the start. `use_rslora`: s = alpha / sqrt(r).
+    A (r, in, *kernel) starts random, B (out, r / groups, 1, ...) at 0: W' = W at the start. `use_rslora`: s = alpha / sqrt(r).
     """
 
     additive = True
@@ -74,23 +74,23 @@ class LoRA(Adapter):
     def __init__(self, cfg: LoraConfig, site: Site) -> None:
         super().__init__()
         site.need("LoRA", "linear", "embedding", "conv")
-        (out, *fan_in), r = site.shape, site.pick(cfg.rank_pattern, cfg.r)
+        (out, *fan_in), (r, self.s) = site.shape, self.scale(cfg, site)
         if r % site.base.op.groups:
             raise NotSupported(f"LoRA on {site.name!r}: r={r} is no multiple of its {site.base.op.groups} groups")
         if cfg.lora_bias and site.kind == "embedding":
             raise NotSupported(f"lora_bias: {site.name!r} is an embedding, and those have no bias")
         self.op = site.base.op
         self.lora_A = Factor(r, *fan_in)  # weight (r, in, *kernel)
-        ones = [1] * len(fan_in[1:])  # published for convolutions
-        self.lora_B = Factor(out, r // self.op.groups, *ones, bias=out if cfg.lora_bias else None)  # (out, r / groups, *ones)
+        self.lora_B = Factor(out, r // self.op.groups, *[1] * len(fan_in[1:]), bias=out if cfg.lora_bias else None)
         self.drop = nn.Dropout(cfg.lora_dropout) if site.kind != "embedding" else nn.Identity()  # ids cannot be dropped
-        self.s = site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
-        self.names = (
-            {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
-            if site.kind == "embedding"
-            else {}
-        )
+        looked_up = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
+        self.names = looked_up if site.kind == "embedding" else {}
         self.reset(cfg, site)
+
+    @staticmethod
+    def scale(cfg: LoraConfig, site: Site) -> tuple[int, float]:  # r and s
+        r = site.pick(cfg.rank_pattern, cfg.r)
+        return r, site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
 
     def reset(self, cfg: LoraConfig, site: Site) -> None:
         A, B = self.lora_A.weight, self.lora_B.weight
@@ -108,9 +108,8 @@ class LoRA(Adapter):
         return w + self.s * (B @ A.flatten(1)).view_as(w)
 
     def bias(self, b: Tensor | None, w: Tensor) -> Tensor | None:
-        if self.lora_B.bias is None:
-            return b
-        return self.s * self.lora_B.bias if b is None else b + self.s * self.lora_B.bias
+        more = self.lora_B.bias
+        return b if more is None else self.s * more + (0 if b is None else b)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:  # the same line for Linear, Conv1D, Embedding and ConvNd
         A, B = self.lora_A.weight, self.lora_B.weight.flatten(1)
