@@ -19,9 +19,10 @@ LAYERS: list[set[str]] = [
     {"core"},
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
-    {"fused", "store", "blend", "optim", "origin", "bounded"},
+    {"fused", "store", "optim", "origin", "bounded"},
+    {"blend"},
     {"verbs"},
-    {"status"},
+    {"status", "convert", "hotswap"},
     {"model"},
     {"auto"},
     {"engine"},

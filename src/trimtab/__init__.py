@@ -21,7 +21,14 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from trimtab.convert import convert_to_lora, save_as_lora
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
+    from trimtab.hotswap import (
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+        rescale_adapter_scale,
+    )
     from trimtab.inits.corda import preprocess_corda
     from trimtab.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
     from trimtab.inits.loftq import replace_lora_weights_loftq
@@ -57,6 +64,8 @@ _HOMES = (
     "methods.lora",
     "model",
     "status",
+    "convert",
+    "hotswap",
     "auto",
     "train.trainer",
 )
@@ -80,18 +89,24 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "Trainer",
+    "convert_to_lora",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
+    "save_as_lora",
     "set_peft_model_state_dict",
 ]
 

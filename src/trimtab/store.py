@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.core.config import CONFIG_FILE, method_of
+from trimtab.core.config import CONFIG_FILE, PeftConfig, method_of
 from trimtab.core.group import Group
 from trimtab.core.sites import frozen, layers, matches
 from trimtab.errors import BadCheckpoint
@@ -235,9 +235,15 @@ def _message(group: Group, own: Mapping[str, Tensor], report: LoadReport, source
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 def save(path: Path, group: Group, values: Mapping[int, Tensor] | None = None) -> None:
+    """Write an adapter."""
+    config = group.config if group.adapter is not None else method_of(group.config).adapter.filed(group)
+    put(path, state(group, values), config)
+
+
+def put(path: Path, published: Mapping[str, Tensor], config: PeftConfig) -> None:
     """Write config and tensors, each in one step, and read the tensors back."""
     tensors, seen = {}, set()
-    for key, tensor in state(group, values).items():
+    for key, tensor in published.items():
         tensor = tensor.cpu().contiguous()
         if tensor.is_meta or tuple(tensor.shape) == (0,):
             raise BadCheckpoint(
@@ -248,7 +254,6 @@ def save(path: Path, group: Group, values: Mapping[int, Tensor] | None = None) -
         tensors[key] = tensor.clone() if tensor.data_ptr() in seen else tensor  # the format refuses shared memory
         seen.add(tensor.data_ptr())
     write(path / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    config = group.config if group.adapter is not None else method_of(group.config).adapter.filed(group)
     config.save_pretrained(path)
     for key, value in read(path).items():
         if not torch.equal(value.view(torch.uint8), tensors.pop(key).view(torch.uint8)):

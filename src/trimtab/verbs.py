@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from trimtab import blend
 from trimtab.core import group as groups
 from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
@@ -57,6 +58,27 @@ class Verbs(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         groups.disable(self.get_base_model(), True)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> blend.Fit:
+        """Put a LoRA beside the others that does sum_i weights_i * (what adapter i does), whatever their methods; it is
+        frozen and not active. How, and how exactly, by `combination_type`: see `trimtab.blend.Recipe`. Returns how near it
+        is by layer. `svd_full_matrices` changes nothing."""
+        recipe = blend.Recipe(
+            combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method, seed=adapter_name
+        )
+        return blend.add_weighted_adapter(self.get_base_model(), adapter_name, adapters, weights, recipe)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write active adapters into the weights. `safe_merge`: raise if a weight would not be finite."""

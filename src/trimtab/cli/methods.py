@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -29,6 +30,8 @@ _REFERENCE = re.compile(r"\s{2,}arXiv:.*$")
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method: its options", show_default=False)] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="what each does on every kind of layer, as a page")] = False,
+    peer: Annotated[Path | None, typer.Option(help="a table to compare with, for --markdown", show_default=False)] = None,
 ) -> None:
     """List the methods, or the options of one."""
     out = screen.console()
@@ -36,6 +39,9 @@ def methods(
         return _one(name, out)
     from trimtab.core.config import load
     from trimtab.core.config import methods as names
+
+    if markdown:
+        return typer.echo(page(peer), nl=False)
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("method", "equation", "acts on", "merges", "paper", "config"):
@@ -49,13 +55,23 @@ def methods(
     out.print(Text(AFTER, "dim"))
 
 
+def page(peer: Path | None = None) -> str:
+    """docs/methods.md."""
+    from trimtab.cli import facts
+    from trimtab.core.config import load
+    from trimtab.core.config import methods as names
+
+    return facts.page([load(name) for name in names()], formula, peer)
+
+
 def _one(name: str, out: Console) -> None:
+    from trimtab.cli import facts
     from trimtab.core.config import load
     from trimtab.train.check import adapter_options
 
     method = load(name)
     equation, papers = formula(method.adapter)
-    about = "\n".join([equation, *(f"https://arxiv.org/abs/{paper}" for paper in papers)])
+    about = "\n".join([equation, *(f"https://arxiv.org/abs/{paper}" for paper in papers), *facts.told(facts.facts(method))])
     ours = adapter_options(TrainOptions(adapter=method.name))
     options = _options_of(method)
     rows = [row(f, hint, ours) for f, hint in own_fields(method.name) if f.name != method.switch]
