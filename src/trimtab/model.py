@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,7 +109,12 @@ class PeftModel(Verbs):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.alive()
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        model: Any = self.get_base_model()
+        with ExitStack() as said:
+            for group in groups.groups(model).values():
+                if group.active and group.adapter is not None:
+                    said.enter_context(group.adapter.generating(kwargs))
+            return model.generate(*args, **kwargs)
 
     @property
     def active_adapter(self) -> str:

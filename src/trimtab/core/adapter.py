@@ -208,6 +208,12 @@ class ModelAdapter(nn.Module):
     """One method around a whole model: prompts, prefixes, routers. Final classes live in `methods/prompt`."""
 
     names: dict[str, str] = {}
+    own_loss: ClassVar[bool] = False  # the loss that the model returns is the method's
+
+    @contextmanager
+    def generating(self, call: dict[str, Any]) -> Generator[None]:
+        """Around `generate(**call)`: arguments that are the method's own are taken out of it."""
+        yield
 
     def attach(self, model: nn.Module, group: Group) -> list[Any]:
         """Hook the model; returns the handles. A hook does nothing unless `group.live`."""

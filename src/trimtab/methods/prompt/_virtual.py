@@ -7,21 +7,23 @@ mask and the positions make room for them. `generate` is not touched; it equals 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.adapter import ModelAdapter
+from trimtab.core.adapter import ModelAdapter, seeded
 from trimtab.core.config import PeftConfig, in_range, option
 from trimtab.errors import BadCheckpoint, ConfigError, NotSupported
 
 if TYPE_CHECKING:
     from trimtab.core.group import Group
 
-_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(kw_only=True)
@@ -66,18 +68,28 @@ def read_model(cfg: Any, model: nn.Module) -> Any:
 
 
 class Prompt(ModelAdapter):
-    """Holds the table of virtual tokens; `table()` (rows, width) is exactly what is saved, as `prompt_embeddings`."""
+    """Holds the table of virtual tokens; `table()` (rows, width) is exactly what is saved, as `prompt_embeddings`. A
+    `transform` makes it from a table of its own while training."""
 
-    def __init__(self, cfg: Any, rows: int, width: int) -> None:
+    def __init__(self, cfg: Any, rows: int, width: int, transform: nn.Module | None = None) -> None:
         super().__init__()
-        self.n, self.cfg = cfg.num_virtual_tokens, cfg
+        self.n, self.cfg, self.transform = cfg.num_virtual_tokens, cfg, transform
         self.embedding = nn.Embedding(rows, width)
+        nn.init.normal_(self.embedding.weight, generator=seeded("prompt_embeddings"))
+        for name, parameter in transform.named_parameters() if transform is not None else ():
+            owner: Any = transform.get_submodule(name.rpartition(".")[0])  # type: ignore[union-attr]
+            bound = (owner.hidden_size if isinstance(owner, nn.LSTM) else owner.in_features) ** -0.5  # as torch starts them
+            nn.init.uniform_(parameter, -bound, bound, generator=seeded(f"prompt_embeddings/{name}"))
 
     def table(self) -> Tensor:
-        return self.embedding.weight
+        return self.embedding.weight if self.transform is None else self.transform(self.embedding.weight)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self.table()}
+        training = self.training
+        try:
+            return {"prompt_embeddings": self.eval().table()}  # no dropout in what is saved
+        finally:
+            self.train(training)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Read a saved table. What made it (a projection) is not in the file: the table itself is what trains on."""
@@ -86,15 +98,49 @@ class Prompt(ModelAdapter):
             raise BadCheckpoint(f"prompt_embeddings is {tuple(saved.shape)} in the file and {want} by its config")
         device = self.embedding.weight.device
         self.embedding = nn.Embedding.from_pretrained(saved.detach().to(device, torch.float32).clone(), freeze=False)
+        self.transform = None
+
+    # -- what a caller says -------------------------------------------------------------------------------------------
+    takes: ClassVar[tuple[str, ...]] = ()  # arguments of a call that are the method's own
+    heard: ClassVar[dict[str, Any]] = {}  # their values in this call
+    in_generate = False
+
+    def listen(self, group: Group, module: Any, args: Any, call: dict[str, Any]) -> Any:
+        """Before the model's forward, which must not see them. `generate` has said them already."""
+        if not group.active:
+            return None
+        said = {name: call.pop(name) for name in self.takes if name in call}
+        if said or not self.in_generate:
+            self.heard = said
+        return args, call
+
+    @contextmanager
+    def generating(self, call: dict[str, Any]) -> Generator[None]:
+        self.heard, self.in_generate = {name: call.pop(name) for name in self.takes if name in call}, True
+        try:
+            yield
+        finally:
+            self.heard, self.in_generate = {}, False
+
+    def told(self, name: str, batch: int) -> Any:
+        """What the caller said under this name, a row for each of the batch; in `generate` a row stands for its beams."""
+        value = self.heard.get(name)
+        if value is not None and (len(value) != batch if not self.in_generate else batch % len(value)):
+            raise ConfigError(f"{name} has {len(value)} rows and the batch {batch}")
+        return value if value is None else value.repeat_interleave(batch // len(value), dim=0)
 
     # -- the hook -----------------------------------------------------------------------------------------------------
-    def insert(self, call: dict[str, Any], model: nn.Module, batch: int) -> None:
-        """Put the virtual tokens into a call whose cache is empty."""
+    def insert(self, call: dict[str, Any], model: nn.Module, batch: int, side: str = "") -> None:
+        """Put the virtual tokens into a call whose cache is empty. `side`: `decoder_` in a model that has two."""
         raise NotImplementedError
 
     def attach(self, model: nn.Module, group: Group) -> list[Any]:
+        listening = [model.register_forward_pre_hook(partial(self.listen, group), with_kwargs=True)] if self.takes else []
+        return [*listening, *self.attach_insert(model, group)]
+
+    def attach_insert(self, model: nn.Module, group: Group) -> list[Any]:
         where: Any = model
-        if self.cfg.task_type in _HEADS:  # under the head, so that labels and spans keep their positions
+        if self.cfg.task_type in HEADED:  # under the head, so that labels and spans keep their positions
             where = getattr(model, getattr(model, "base_model_prefix", ""), model)
         names = list(inspect.signature(where.forward).parameters)
         return [where.register_forward_pre_hook(partial(self.before, group, names), with_kwargs=True)]
@@ -123,7 +169,7 @@ class Prompt(ModelAdapter):
             call, f"{decoder}attention_mask", f"{decoder}position_ids", names, batch, (past or self.n) + length, length
         )
         if not past:
-            self.insert(call, model, batch)
+            self.insert(call, model, batch, decoder)
         if call[cache_name] is None:
             del call[cache_name]
 
