@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"core"},
     {"bases", "methods", "inits"},
     {"fused", "store", "blend"},
-    {"verbs"},
+    {"verbs", "cartridges"},
     {"status"},
     {"model"},
     {"auto"},

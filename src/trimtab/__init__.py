@@ -21,6 +21,12 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from trimtab.cartridges import (
+        compose_cartridge_adapters,
+        initialize_kv_prefix_from_past_key_values,
+        initialize_kv_prefix_from_text,
+        prompt_embeddings_from_past_key_values,
+    )
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
     from trimtab.methods.lora import LoraConfig
     from trimtab.model import (
@@ -51,6 +57,7 @@ _HOMES = (
     "status",
     "auto",
     "train.trainer",
+    "cartridges",
 )
 
 __all__ = [
@@ -72,13 +79,17 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "Trainer",
+    "compose_cartridge_adapters",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "prompt_embeddings_from_past_key_values",
     "set_peft_model_state_dict",
 ]
 

@@ -159,3 +159,21 @@ def test_a_penalty_is_in_the_loss_of_an_encoder_too(tmp_path: Path) -> None:
     trainer = Trainer(model=model.train(), args=arguments, train_dataset=rows)
     trainer.train()
     assert tiny.losses(trainer)[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_method_s_own_loss_is_what_is_trained(tmp_path: Path) -> None:
+    """CPT counts the labels of its context too."""
+    torch.manual_seed(3)
+    context = {"cpt_token_ids": [4, 9, 3, 8], "cpt_tokens_type_mask": [1, 2, 3, 4], "opt_projection_epsilon": 9.0}
+    model = get_peft_model(tiny.llama(), config_for("cpt", task_type="CAUSAL_LM", **context)).eval()
+    with torch.no_grad():
+        batch = tiny.collate(tiny.rows(8)[:2])
+        alone, expected = tiny.llama()(**batch).loss, model(**batch).loss
+    over = dict(max_steps=6, learning_rate=5e-2, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    arguments = tiny.arguments(tmp_path, **over)
+    rows = tiny.rows(8)[:2]
+    trainer = Trainer(model=model.train(), args=arguments, train_dataset=rows, data_collator=tiny.collate)
+    trainer.train()
+    found = tiny.losses(trainer)
+    assert found[0] == pytest.approx(expected.item(), abs=1e-5) and abs(expected - alone) > 1e-2
+    assert found[-1] < found[0] - 0.005

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.errors import NotSupported
 from trimtab.methods.prompt._virtual import Prompt, read_model, refuse_checkpointing

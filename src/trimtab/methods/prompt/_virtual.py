@@ -91,14 +91,19 @@ class Prompt(ModelAdapter):
         finally:
             self.train(training)
 
+    def fitting(self, saved: Tensor) -> Tensor:
+        if saved.shape != (want := self.table().shape):
+            raise BadCheckpoint(f"prompt_embeddings is {tuple(saved.shape)} in the file and {tuple(want)} by its config")
+        return saved.detach().float()
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Read a saved table. What made it (a projection) is not in the file: the table itself is what trains on."""
-        saved, want = tensors["prompt_embeddings"], tuple(self.table().shape)
-        if tuple(saved.shape) != want:
-            raise BadCheckpoint(f"prompt_embeddings is {tuple(saved.shape)} in the file and {want} by its config")
-        device = self.embedding.weight.device
-        self.embedding = nn.Embedding.from_pretrained(saved.detach().to(device, torch.float32).clone(), freeze=False)
-        self.transform = None
+        own, saved = self.embedding.weight, self.fitting(tensors["prompt_embeddings"])
+        if self.transform is None:  # in place: an optimizer may hold it
+            own.data.copy_(saved)
+        else:
+            self.embedding = nn.Embedding.from_pretrained(saved.to(own.device, copy=True), freeze=not own.requires_grad)
+            self.transform = None
 
     # -- what a caller says -------------------------------------------------------------------------------------------
     takes: ClassVar[tuple[str, ...]] = ()  # arguments of a call that are the method's own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +33,14 @@ class Cartridge(KeyPrompt):
 
     def __init__(self, cfg: CartridgeConfig, model: nn.Module) -> None:
         super().__init__(cfg, cfg.num_virtual_tokens, read_heads(cfg, model))
-        self.register_buffer("frozen", self.embedding.weight[:0].detach().clone(), persistent=False)
-        self.keep(self.embedding.weight)
-
-    def keep(self, table: Tensor) -> None:
-        """Take `table` apart into the rows that are frozen and those that are trained."""
-        f, wanted = self.cfg.num_frozen_tokens, self.embedding.weight.requires_grad
-        self.frozen = table[:f].detach().clone()
-        self.embedding = nn.Embedding.from_pretrained(table[f:].detach().clone(), freeze=not wanted)
+        table = self.embedding.weight.detach()
+        self.register_buffer("frozen", table[: cfg.num_frozen_tokens].clone(), persistent=False)
+        self.embedding = nn.Embedding.from_pretrained(table[cfg.num_frozen_tokens :].clone(), freeze=False)
 
     def table(self) -> Tensor:
         return torch.cat([self.frozen.to(self.embedding.weight.dtype), self.embedding.weight])
 
-    def load(self, tensors: dict[str, Any]) -> None:
-        super().load(tensors)
-        self.keep(self.embedding.weight)
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        saved = self.fitting(tensors["prompt_embeddings"])
+        self.frozen.copy_(saved[: len(self.frozen)])
+        self.embedding.weight.data.copy_(saved[len(self.frozen) :])

@@ -59,31 +59,30 @@ class CPT(EmbeddedPrompt):
 
     takes = ("input_type_mask",)
     own_loss = True
-    start: Tensor
-    radius: Tensor
+    asked: tuple[Tensor, Tensor] | None = None  # labels and types of the tokens of a call
 
     def __init__(self, cfg: CPTConfig, model: nn.Module) -> None:
         read_model(cfg, model)
         super().__init__(cfg, cfg.num_virtual_tokens, cfg.token_dim or 0)
-        kinds = torch.tensor(cfg.cpt_tokens_type_mask)
+        ids, kinds = torch.tensor(cfg.cpt_token_ids), torch.tensor(cfg.cpt_tokens_type_mask)
+        self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("kinds", kinds, persistent=False)
-        eps = [0.0, cfg.opt_projection_format_epsilon, cfg.opt_projection_epsilon, cfg.opt_projection_format_epsilon]
-        scale = ((cfg.token_dim or 0) / 2048) ** 0.5
-        self.register_buffer("radius", torch.tensor(eps)[kinds % _TYPES] * (kinds > 0) * scale, persistent=False)
+        form, scale = cfg.opt_projection_format_epsilon, ((cfg.token_dim or 0) / 2048) ** 0.5
+        radius = torch.tensor([0.0, form, cfg.opt_projection_epsilon, form])[kinds % _TYPES] * (kinds > 0) * scale
+        self.register_buffer("radius", radius[:, None], persistent=False)
         words = vocabulary(model)
-        start = words[torch.tensor(cfg.cpt_token_ids)] if not words.is_meta else self.embedding.weight.detach()
-        self.register_buffer("start", start.clone(), persistent=False)
-        self.register_buffer("centre", start.clone(), persistent=False)
+        centre = words[ids] if not words.is_meta else self.embedding.weight.detach()
+        for name in ("centre", "start"):  # the words, and where a file left off
+            self.register_buffer(name, centre.clone(), persistent=False)
         nn.init.zeros_(self.embedding.weight)
 
     def table(self) -> Tensor:
-        D, radius = self.embedding.weight, self.radius[:, None]
+        D = self.embedding.weight
         with torch.no_grad():
-            moved = self.start + D - self.centre  # (n, dim); `start` is where a file left off
+            moved = self.start + D - self.centre  # (n, dim)
             length = moved.norm(dim=1, keepdim=True)
-            out = length > radius * (1 + 1e-6)
-            back = self.centre - self.start + moved * (radius / length.clamp_min(1e-30))
-            D.copy_(torch.where(out, back, D))
+            back = self.centre - self.start + moved * (self.radius / length.clamp_min(1e-30))
+            D.copy_(torch.where(length > self.radius * (1 + 1e-6), back, D))
         return self.start + torch.where(self.kinds[:, None] % _TYPES == 0, D.detach(), D)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -91,24 +90,18 @@ class CPT(EmbeddedPrompt):
         self.start = self.embedding.weight.detach().clone()
         nn.init.zeros_(self.embedding.weight)
 
-    # -- the loss -----------------------------------------------------------------------------------------------------
     def attach(self, model: nn.Module, group: Group) -> list[Any]:
         return [*super().attach(model, group), model.register_forward_hook(partial(self.after, group))]
 
     def insert(self, call: dict[str, Any], model: Any, batch: int, side: str = "") -> None:
-        labels, kinds = call.pop("labels", None), self.told("input_type_mask", batch)
+        labels, kinds, self.asked = call.pop("labels", None), self.told("input_type_mask", batch), None
         super().insert(call, model, batch, side)
-        self.asked = None
         if labels is not None:
-            context = self.kinds.expand(batch, -1)
             kinds = torch.full_like(labels, _TYPES) if kinds is None else kinds.to(labels.device).long()
             above = -(-int(self.kinds.max()) // _TYPES) * _TYPES  # so that no type of the input is one of the context
-            kinds = torch.cat([context, torch.where(kinds > 0, kinds + above, kinds)], 1)
-            ids = torch.tensor(self.cfg.cpt_token_ids, device=labels.device).expand(batch, -1)
-            labels = torch.cat([ids, labels], 1).masked_fill((kinds <= 0) | (kinds % _TYPES != 0), -100)
+            kinds = torch.cat([self.kinds.expand(batch, -1), torch.where(kinds > 0, kinds + above, kinds)], 1)
+            labels = torch.cat([self.ids.expand(batch, -1), labels], 1).masked_fill((kinds <= 0) | (kinds % _TYPES != 0), -100)
             self.asked = labels[:, 1:], kinds[:, 1:]
-
-    asked: tuple[Tensor, Tensor] | None = None
 
     def after(self, group: Group, module: Any, args: Any, output: Any) -> None:
         if group.live and self.asked is not None:
