@@ -86,6 +86,7 @@ class Adapter(nn.Module):
     additive: bool = False  # W' - W does not depend on W, so the order in a stack does not matter
     routed: bool = False  # what it does depends on the input: `weight` and `bias` raise `NotMergeable`
     noisy: ClassVar[bool] = False  # training draws random numbers; in eval mode it is the definition
+    on_modules: ClassVar[bool] = False  # it also acts around a module that is no layer: a block, an attention
     starts_at_base: bool = True  # W' = W before the first step
     remembers: tuple[str, ...] = ()  # buffers that a training checkpoint holds beside what is trained
     targets: ClassVar[dict[str, list[str]] | None] = None  # default target_modules by model type, where not LoRA's

@@ -57,6 +57,10 @@ class PeftConfig:
                 "task_type", getattr(self.task_type, "value", self.task_type), [t.value for t in TaskType]
             )
 
+    def places(self, model: Any) -> list[str] | str | None:
+        """The targets, where the config names them in a way of its own; none: `target_modules`, or the tables."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         sets: dict[str, set[str]] = {k: v for k, v in values.items() if isinstance(v, set)}

@@ -23,7 +23,7 @@ from trimtab.core.base import Opaque, port
 from trimtab.core.config import PeftConfig, method_of
 from trimtab.core.full import BiasTune, FullTune
 from trimtab.core.layer import AdapterLayer, Named
-from trimtab.core.sites import Site, find_saved, find_sites, frozen, layers, saved_modules
+from trimtab.core.sites import Site, at, find_saved, find_sites, frozen, layers, saved_modules
 from trimtab.errors import ConfigError, NoMatch, NotMergeable, TrimtabWarning, nearest
 
 
@@ -174,7 +174,7 @@ def _prompts(model: nn.Module) -> Named:
 
 def _wrap(model: nn.Module, path: str) -> AdapterLayer:
     parent, _, leaf = path.rpartition(".")
-    owner = model.get_submodule(parent)
+    owner = frozen(at(model, parent))
     module = owner._modules[leaf]
     assert module is not None
     if not isinstance(module, AdapterLayer):
@@ -212,7 +212,7 @@ def delete(model: nn.Module, name: str) -> None:
         layer.remove(name)
         if not layer.adapters:
             parent, _, leaf = path.rpartition(".")
-            model.get_submodule(parent)._modules[leaf] = layer.base_layer
+            frozen(at(model, parent))._modules[leaf] = layer.base_layer
     del groups(model)[name]
 
 
@@ -261,7 +261,7 @@ def unload(model: nn.Module) -> None:
         _unhook(model, g)
     for path, layer in list(adapted(model)):
         parent, _, leaf = path.rpartition(".")
-        model.get_submodule(parent)._modules[leaf] = layer.base_layer
+        frozen(at(model, parent))._modules[leaf] = layer.base_layer
     model.__dict__.pop("trimtab_groups", None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import reduce
 from typing import Any
 
@@ -50,6 +51,7 @@ class AdapterLayer(nn.Module):
         self.disabled = False
         self.kept: list[nn.Module] = []  # the original layer while merged; in a list, so that it is no submodule
         self.port = self.stack_ = port(layer)
+        self.first = next(iter(inspect.signature(layer.forward).parameters), "")
 
     def stack(self, names: tuple[str, ...]) -> Base:
         return reduce(Adapted, (self.adapters[n] for n in names if n in self.adapters), self.port)  # type: ignore[arg-type]
@@ -65,7 +67,8 @@ class AdapterLayer(nn.Module):
         """Put `adapter` on; it is born on the layer's device, in float32 unless the layer computes in float64."""
         low = site.base.dtype in (torch.float16, torch.bfloat16) or site.base.dtype.itemsize == 1
         dtype = torch.float32 if full_precision and low else site.base.dtype
-        adapter.train(self.training).to(device=site.base.device, dtype=dtype if site.kind != "module" else None)
+        own = site.kind == "module" and not adapter.on_modules  # a copy of the module, which keeps its
+        adapter.train(self.training).to(device=site.base.device, dtype=None if own else dtype)
         held = self.adapters[name] if name in self.adapters else None
         self.adapters[name] = adapter if held is None else Both(adapter, held)  # type: ignore[arg-type]
 
@@ -107,7 +110,9 @@ class AdapterLayer(nn.Module):
             self.port = port(self.base_layer)
             self.restack()
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if x is None:  # blocks are called by keyword
+            x = kwargs.pop(self.first)
         y = self.stack_(x, *args, **kwargs)
         if not isinstance(self.stack_, Adapted) or self.port.op.kind == "module":
             return y
