@@ -26,7 +26,8 @@ class Call:
         self.tokens = False  # rows of tokens came in: inside the model they have a position axis
         self.before: tuple[dict[str, Any], int] = ({}, 0)
         self.scope: dict[str, Any] = {}  # what `generate` was called with
-        self.kept: dict[str, Any] = {}  # what goes with the cache
+        self.cache: Any = None  # what the call goes on from
+        self.kept: dict[str, Any] = {}  # what goes with the cache into later calls
 
     def get(self, name: str) -> Any:
         if self.inside is not None:

@@ -25,6 +25,7 @@ from trimtab.core.layer import AdapterLayer
 from trimtab.errors import ConfigError, NotSupported
 
 BASE = "__base__"
+_CACHES = ("cache", "past_key_values")  # the newer name first
 _TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
 
 
@@ -109,6 +110,7 @@ def _enter(owner: nn.Module, names: list[str], module: nn.Module, args: tuple[An
         return None
     size = _size(given)
     given |= {k: _spread(k, v, size) for k, v in call.scope.items()} | own
+    call.cache = next((given[n] for n in _CACHES if given.get(n) is not None), None)
     call.tokens, call.size = any(given.get(n) is not None for n in _TOKENS), size
     asked = given.pop("adapter_names", None)
     values: dict[str, Any] = {} if asked is None else {"": _rows(owner, asked, size)}
@@ -182,8 +184,10 @@ def _leave(owner: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
     if call.inside is not module:
         return
     call.inside = None
-    if call.kept and (cache := getattr(output, "past_key_values", None)) is not None:
+    cache = next((c for n in _CACHES if (c := getattr(output, n, None)) is not None), None)
+    if call.kept and cache is not None:
         cache.trimtab_call = call.kept
+    call.cache = None
     if not torch.is_grad_enabled():  # nothing of it will be computed again
         call.values, call.number = call.before
     elif call.number and not torch.compiler.is_compiling():
