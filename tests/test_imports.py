@@ -15,11 +15,12 @@ SRC = Path(__file__).parents[1] / "src" / "trimtab"
 # each layer may import those before it; parts of one layer may not import each other
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"files"},
+    {"files", "call"},
     {"core"},
     {"bases", "methods", "inits"},
     {"fused", "store", "blend"},
-    {"verbs", "cartridges"},
+    {"mixed", "cartridges"},
+    {"verbs"},
     {"status"},
     {"model"},
     {"auto"},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.call import Call
 from trimtab.core.adapter import Adapted, Adapter, Site
 from trimtab.core.base import Base, port
 from trimtab.errors import NotMergeable
@@ -43,9 +44,10 @@ class Both(Adapter):
 class AdapterLayer(nn.Module):
     """Calls the stack of its active adapters over `base_layer`; merged, `base_layer` is a rebuilt one and the old is kept."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, path: str = "", call: Call | None = None) -> None:
         super().__init__()
         self.base_layer, self.adapters = layer, Named()
+        self.path, self.call = path, call or Call()
         self.active: tuple[str, ...] = ()
         self.merged_adapters: tuple[str, ...] = ()
         self.disabled = False
@@ -113,8 +115,12 @@ class AdapterLayer(nn.Module):
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         if x is None:  # blocks are called by keyword
             x = kwargs.pop(self.first)
-        y = self.stack_(x, *args, **kwargs)
-        if not isinstance(self.stack_, Adapted) or self.port.op.kind == "module":
+        rows = None if self.disabled else self.call.get("")
+        return self.through(self.stack_, x, *args, **kwargs) if rows is None else rows(self, x, *args, **kwargs)
+
+    def through(self, stack: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
+        y = stack(x, *args, **kwargs)
+        if not isinstance(stack, Adapted) or self.port.op.kind == "module":
             return y
         want = x.dtype if x.is_floating_point() else self.port.dtype  # the one place where outputs are cast
         return y if y.dtype == want or torch.is_autocast_enabled(y.device.type) else y.to(want)

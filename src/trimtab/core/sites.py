@@ -112,7 +112,7 @@ def find_sites(
                     f"{name!r}: nn.MultiheadAttention reads this weight past the layer, so an adapter would do nothing"
                 )
             continue
-        found.append(Site(name, base, adapter))
+        found.append(Site(name, base, adapter, beside=module.adapters if isinstance(module, AdapterLayer) else None))
     _check(model, cfg, target, found, strict)
     _complete(model, cfg, target, found)
     return found

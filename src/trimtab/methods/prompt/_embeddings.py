@@ -64,7 +64,12 @@ class EmbeddedPrompt(Prompt):
         call = call | ({"input_ids": args[0]} if args else {})
         ids = first_of(call, "inputs_embeds", "input_ids")
         self.widen(call, "attention_mask", "position_ids", [], len(ids), self.n + ids.shape[1], ids.shape[1])
-        self.insert(call, model, len(ids))
+        within = self.heard
+        try:  # `generate` calls the encoder by itself, with what it was told
+            self.heard = {name: call.pop(name) for name in self.takes if name in call} or within
+            self.insert(call, model, len(ids))
+        finally:
+            self.heard = within
         return (), call
 
     def before_decoder(

@@ -7,8 +7,6 @@ mask and the positions make room for them. `generate` is not touched; it equals 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -106,33 +104,22 @@ class Prompt(ModelAdapter):
             self.transform = None
 
     # -- what a caller says -------------------------------------------------------------------------------------------
-    takes: ClassVar[tuple[str, ...]] = ()  # arguments of a call that are the method's own
-    heard: ClassVar[dict[str, Any]] = {}  # their values in this call
-    in_generate = False
+    heard: ClassVar[dict[str, Any]] = {}  # arguments of this call that are the method's own, by name
 
     def listen(self, group: Group, module: Any, args: Any, call: dict[str, Any]) -> Any:
-        """Before the model's forward, which must not see them. `generate` has said them already."""
-        if not group.active:
-            return None
-        said = {name: call.pop(name) for name in self.takes if name in call}
-        if said or not self.in_generate:
-            self.heard = said
+        """Before the model's forward, which must not see them."""
+        self.heard = {name: call.pop(name) for name in self.takes if name in call} if group.live else {}
         return args, call
 
-    @contextmanager
-    def generating(self, call: dict[str, Any]) -> Generator[None]:
-        self.heard, self.in_generate = {name: call.pop(name) for name in self.takes if name in call}, True
-        try:
-            yield
-        finally:
-            self.heard, self.in_generate = {}, False
+    def forget(self, module: Any, args: Any, output: Any) -> None:
+        self.heard = {}
 
     def told(self, name: str, batch: int) -> Any:
-        """What the caller said under this name, a row for each of the batch; in `generate` a row stands for its beams."""
+        """What the caller said under this name, a row for each of the batch."""
         value = self.heard.get(name)
-        if value is not None and (len(value) != batch if not self.in_generate else batch % len(value)):
+        if value is not None and len(value) != batch:
             raise ConfigError(f"{name} has {len(value)} rows and the batch {batch}")
-        return value if value is None else value.repeat_interleave(batch // len(value), dim=0)
+        return value
 
     # -- the hook -----------------------------------------------------------------------------------------------------
     def insert(self, call: dict[str, Any], model: nn.Module, batch: int, side: str = "") -> None:
@@ -140,8 +127,11 @@ class Prompt(ModelAdapter):
         raise NotImplementedError
 
     def attach(self, model: nn.Module, group: Group) -> list[Any]:
-        listening = [model.register_forward_pre_hook(partial(self.listen, group), with_kwargs=True)] if self.takes else []
-        return [*listening, *self.attach_insert(model, group)]
+        if not self.takes:
+            return self.attach_insert(model, group)
+        listening = model.register_forward_pre_hook(partial(self.listen, group), with_kwargs=True)
+        forgetting = model.register_forward_hook(self.forget, always_call=True)
+        return [listening, *self.attach_insert(model, group), forgetting]
 
     def attach_insert(self, model: nn.Module, group: Group) -> list[Any]:
         where: Any = model
