@@ -69,7 +69,8 @@ class Rows:
             own = _rows_of(y, i, size)
             if isinstance(stack, Adapted):
                 more = {k: _rows_of(v, i, size) for k, v in kwargs.items()}
-                own = stack.adapter(x[i], Answered(layer.port, own), *_rows_of(args, i, size), **more)
+                with self.only(layer.call, i):
+                    own = stack.adapter(x[i], Answered(layer.port, own), *_rows_of(args, i, size), **more)
             parts.append(own)
         order = torch.cat(index).argsort()
         first = parts[0]
@@ -77,6 +78,15 @@ class Rows:
             return torch.cat(parts)[order]
         same = [v if not isinstance(v, Tensor) else torch.cat([part[k] for part in parts])[order] for k, v in enumerate(first)]
         return type(first)(same)
+
+    @contextmanager
+    def only(self, call: Call, index: Tensor) -> Generator[None]:
+        """Within it layers get these rows alone: what stands around a module may use the layers of it."""
+        whole, call.values = call.values, call.values | {"": Rows([self.names[i] for i in index.tolist()])}
+        try:
+            yield
+        finally:
+            call.values = whole
 
 
 class Answered(Base):

@@ -38,8 +38,10 @@ def test_generate_is_greedy_decoding_by_repeated_forward(method: str, name: str,
     for row in range(len(ids)):
         alone = greedy(model, name, ids[row : row + 1, int((mask[row] == 0).sum()) :], None)
         assert torch.equal(got[row, -NEW:], alone[0, -NEW:])
-    with model.disable_adapter():
-        assert not torch.equal(got, model.generate(input_ids=ids, attention_mask=mask, **more))
+    with torch.no_grad():
+        y = model(input_ids=ids[:1]).logits[:, -1]
+        with model.disable_adapter():
+            assert (model(input_ids=ids[:1]).logits[:, -1] - y).abs().max() > 1e-3  # it has a say in what comes next
 
 
 @methods
