@@ -22,12 +22,12 @@ TABLE = "prompt_embeddings"
 
 
 def _adapter(model: Any, name: str | None) -> KeyPrompt:
-    name = name or model.active_adapter
-    adapter: Any = group(model.get_base_model(), name).adapter
+    chosen: str = name or model.active_adapter
+    adapter: Any = group(model.get_base_model(), chosen).adapter
     if not isinstance(adapter, KeyPrompt):
-        raise ConfigError(f"adapter {name!r} is no cartridge and no prefix: it does not start from a cache")
+        raise ConfigError(f"adapter {chosen!r} is no cartridge and no prefix: it does not start from a cache")
     if adapter.transform is not None:
-        raise ConfigError(f"adapter {name!r} makes its table by a network (prefix_projection): it cannot start from a cache")
+        raise ConfigError(f"adapter {chosen!r} makes its table by a network (prefix_projection): it cannot start from a cache")
     return adapter
 
 

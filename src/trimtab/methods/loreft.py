@@ -90,15 +90,16 @@ class LoReft(Adapter):
     @classmethod
     def enter(cls, group: Group, call: Call, given: dict[str, Any]) -> Tensor | None:
         cfg: Any = group.config
-        ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        ids = next((t for n in ("input_ids", "inputs_embeds") if (t := given.get(n)) is not None), None)
         if ids is None:
             return None
         (rows, new), old = ids.shape[:2], 0 if call.cache is None else int(call.cache.get_seq_length())
         mask, position, labels = (given.get(name) for name in ("attention_mask", "position_ids", "labels"))
-        plain = isinstance(mask, Tensor) and mask.dim() == 2
-        real = mask[:, -new:].bool() if plain else torch.ones(rows, new, dtype=torch.bool, device=ids.device)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = torch.ones(rows, old + new, dtype=torch.bool, device=ids.device)
+        real = mask[:, -new:].bool()
         if not isinstance(position, Tensor) or position.dim() != 2:
-            position = real.cumsum(1) - 1 + (mask[:, :-new].sum(1, keepdim=True) if plain and mask.shape[1] > new else old)
+            position = real.cumsum(1) - 1 + mask[:, :-new].sum(1, keepdim=True)
         prompt = real & (old == 0)
         if cfg.suffix_positions and given.get("layout") is not None:
             raise NotSupported("LoReFT at the end of prompts: rows that are packed do not say where theirs is; packing=False")

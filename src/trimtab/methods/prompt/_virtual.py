@@ -104,7 +104,7 @@ class Prompt(ModelAdapter):
             self.transform = None
 
     # -- what a caller says -------------------------------------------------------------------------------------------
-    heard: ClassVar[dict[str, Any]] = {}  # arguments of this call that are the method's own, by name
+    heard: dict[str, Any] = {}  # arguments of this call that are the method's own, by name
 
     def listen(self, group: Group, module: Any, args: Any, call: dict[str, Any]) -> Any:
         """Before the model's forward, which must not see them."""

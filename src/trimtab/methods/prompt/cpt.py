@@ -65,15 +65,14 @@ class CPT(EmbeddedPrompt):
         read_model(cfg, model)
         super().__init__(cfg, cfg.num_virtual_tokens, cfg.token_dim or 0)
         ids, kinds = torch.tensor(cfg.cpt_token_ids), torch.tensor(cfg.cpt_tokens_type_mask)
-        self.register_buffer("ids", ids, persistent=False)
-        self.register_buffer("kinds", kinds, persistent=False)
+        self.ids, self.kinds = nn.Buffer(ids, persistent=False), nn.Buffer(kinds, persistent=False)
         form, scale = cfg.opt_projection_format_epsilon, ((cfg.token_dim or 0) / 2048) ** 0.5
         radius = torch.tensor([0.0, form, cfg.opt_projection_epsilon, form])[kinds % _TYPES] * (kinds > 0) * scale
-        self.register_buffer("radius", radius[:, None], persistent=False)
+        self.radius = nn.Buffer(radius[:, None], persistent=False)
         words = vocabulary(model)
         centre = words[ids] if not words.is_meta else self.embedding.weight.detach()
-        for name in ("centre", "start"):  # the words, and where a file left off
-            self.register_buffer(name, centre.clone(), persistent=False)
+        self.centre = nn.Buffer(centre.clone(), persistent=False)
+        self.start = nn.Buffer(centre.clone(), persistent=False)  # the words, or where a file left off
         nn.init.zeros_(self.embedding.weight)
 
     def table(self) -> Tensor:
@@ -87,7 +86,7 @@ class CPT(EmbeddedPrompt):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         super().load(tensors)
-        self.start = self.embedding.weight.detach().clone()
+        self.start.copy_(self.embedding.weight.detach())
         nn.init.zeros_(self.embedding.weight)
 
     def attach(self, model: nn.Module, group: Group) -> list[Any]:
