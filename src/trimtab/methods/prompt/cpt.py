@@ -34,6 +34,7 @@ class CPTConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.task_type = self.task_type or "CAUSAL_LM"
         if self.task_type != "CAUSAL_LM":
             raise NotSupported(f"CPT is for task_type='CAUSAL_LM', not {self.task_type!r}")
         self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
