@@ -15,12 +15,12 @@ SRC = Path(__file__).parents[1] / "src" / "trimtab"
 # each layer may import those before it; parts of one layer may not import each other
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"files", "headers", "typed"},
+    {"files", "headers", "typed", "call", "targets"},
     {"core"},
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
     {"fused", "store", "optim", "origin", "bounded"},
-    {"blend"},
+    {"blend", "mixed", "cartridges"},
     {"verbs"},
     {"status", "convert", "hotswap"},
     {"model"},

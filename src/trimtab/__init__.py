@@ -21,6 +21,12 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from trimtab.cartridges import (
+        compose_cartridge_adapters,
+        initialize_kv_prefix_from_past_key_values,
+        initialize_kv_prefix_from_text,
+        prompt_embeddings_from_past_key_values,
+    )
     from trimtab.convert import convert_to_lora, save_as_lora
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
     from trimtab.hotswap import (
@@ -68,6 +74,7 @@ _HOMES = (
     "hotswap",
     "auto",
     "train.trainer",
+    "cartridges",
 )
 
 __all__ = [
@@ -89,6 +96,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "Trainer",
+    "compose_cartridge_adapters",
     "convert_to_lora",
     "get_eva_state_dict",
     "get_layer_status",
@@ -98,12 +106,15 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "save_as_lora",

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import trimtab.fused  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers the faster forms
-from trimtab import origin, store
+from trimtab import mixed, origin, store
 from trimtab.bounded import bounded
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
@@ -39,8 +39,8 @@ class Forward:
         model: Any = self.owner.get_base_model()
         output = model(*args, **kwargs)
         if self.owner.training and isinstance(getattr(output, "loss", None), Tensor):
-            for group in groups.groups(model).values():
-                if group.live and (penalty := group.penalty()) is not None:
+            for group in mixed.present(model):
+                if (penalty := group.penalty()) is not None:
                     output.loss = output.loss + penalty
         return output
 
@@ -110,7 +110,8 @@ class PeftModel(Verbs):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.alive()
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        with mixed.generating(self.get_base_model(), kwargs):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @property
     def active_adapter(self) -> str:
@@ -144,7 +145,9 @@ class PeftModel(Verbs):
         if config.task_type is None and config.auto_mapping is None:
             kind = cast("type[Any]", type(model))
             config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-        return groups.attach(model, config, name, full_precision=full_precision, strict=strict)
+        group = groups.attach(model, config, name, full_precision=full_precision, strict=strict)
+        mixed.watch(model)
+        return group
 
     @classmethod
     def from_pretrained(
@@ -330,6 +333,7 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put an active, trainable adapter on a bare model, and return the model itself."""
     group = groups.attach(model, peft_config, adapter_name)
+    mixed.watch(model)
     groups.activate(model, [*groups.active(model), adapter_name], trainable=not peft_config.inference_mode)
     if state_dict is not None:
         store.load(model, group, state_dict)

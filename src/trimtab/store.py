@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.core.config import CONFIG_FILE, PeftConfig, method_of
 from trimtab.core.group import Group
-from trimtab.core.sites import frozen, layers, matches
+from trimtab.core.sites import at, frozen, layers, matches
 from trimtab.errors import BadCheckpoint
 from trimtab.files import write
 from trimtab.headers import damaged, header
@@ -212,7 +212,7 @@ def _normal(key: str, own: Mapping[str, Tensor]) -> str:
 def _same_as_base(model: nn.Module, key: str, value: Tensor) -> bool:
     path, _, leaf = key.removeprefix(PREFIX).removesuffix(".weight").partition(".base_layer")
     try:
-        layer = frozen(model.get_submodule(path))
+        layer = frozen(at(model, path))
     except AttributeError:
         return False
     weight = getattr(layer, "weight", None)

@@ -76,6 +76,8 @@ def test_every_base_is_among_the_kinds_and_every_method_fits_every_linear_layer(
     linear = [k.name for k in KINDS if port(k.layer()).op.kind == "linear"]
     assert len(linear) == 8
     for method in layer_methods():
+        if load(method).adapter.on_modules and not any(c.method == method for c in PLAIN):
+            continue  # made for modules that are no layers: tests/contract/test_blocks.py
         assert [c.kind.name for c in PLAIN if c.method == method and c.kind.name in linear] == linear
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from trimtab.core.config import Method
 
 AFTER = """
-acts on: linear layers are torch's, transformers' Conv1D and 4-bit ones alike; conv is 1d, 2d and 3d.
+acts on: linear layers are torch's, transformers' Conv1D and 4-bit ones alike; conv is 1d, 2d and 3d; modules:
+attention, feed-forward blocks, whole layers.
 merges: the adapter can be written into the weights. Options of one: trimtab methods lora"""
 _PAPER = re.compile(r"\s*(?:arXiv:)?(\d{4}\.\d{4,5}(?:v\d+)?)")
 _REFERENCE = re.compile(r"\s{2,}arXiv:.*$")
@@ -45,7 +46,8 @@ def methods(
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("method", "equation", "acts on", "merges", "paper", "config"):
-        table.add_column(column, no_wrap=column not in ("equation", "acts on"))
+        width = 29 if column == "acts on" else None  # four kinds in one line
+        table.add_column(column, no_wrap=column not in ("equation", "acts on"), min_width=width)
     for method in map(load, names()):
         equation, papers = formula(method.adapter)
         switch = f"\n{method.switch}=true" if method.switch else ""
@@ -147,7 +149,7 @@ def _acts_on(method: Method) -> list[str]:
             found.append(site.kind)
         except NotSupported:
             continue
-    return found
+    return found + ["modules"] * method.adapter.on_modules
 
 
 def _merges(method: Method) -> str:

@@ -65,6 +65,10 @@ class Opaque(Base):
         super().__init__(layer, OpaqueOp(layer), ())
         self.reason = reason
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.layer.parameters() if p.is_floating_point()), torch.float32)
+
 
 B = TypeVar("B", bound=Base)
 _bases: dict[str, Callable[[Any], Base]] = {}

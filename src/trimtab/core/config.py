@@ -63,6 +63,10 @@ class PeftConfig:
             if "holds" in f.metadata and value is not None and value is not False:
                 setattr(self, f.name, _held(f.name, value, f.metadata["holds"]))
 
+    def places(self, model: Any) -> list[str] | str | None:
+        """The targets, where the config names them in a way of its own; none: `target_modules`, or the tables."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         sets: dict[str, set[str]] = {k: v for k, v in values.items() if isinstance(v, set)}

@@ -13,17 +13,18 @@ import dataclasses
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.call import Call
 from trimtab.core.adapter import Adapter, ModelAdapter
 from trimtab.core.base import Opaque, port
 from trimtab.core.config import PeftConfig, method_of
 from trimtab.core.full import BiasTune, FullTune
 from trimtab.core.layer import AdapterLayer, Named
-from trimtab.core.sites import Site, find_saved, find_sites, frozen, layers, saved_modules
+from trimtab.core.sites import Site, at, find_saved, find_sites, frozen, layers, saved_modules
 from trimtab.errors import ConfigError, NoMatch, NotMergeable, TrimtabWarning, nearest
 
 
@@ -31,7 +32,7 @@ class Group:
     """One named adapter: its config, its layers by path, what its sites share, or its hook around the whole model."""
 
     def __init__(self, name: str, config: PeftConfig) -> None:
-        self.name, self.config = name, config
+        self.name, self.config, self.kind = name, config, cast("type[Any]", method_of(config).adapter)
         self.active = self.disabled = False
         self.layers: dict[str, AdapterLayer] = {}
         self.shared: nn.Module | None = None
@@ -71,16 +72,20 @@ class Group:
             part.requires_grad_(on)
 
     def penalty(self) -> Tensor | None:
-        return None if self.adapter is not None else method_of(self.config).adapter.penalty(self)
+        return None if self.adapter is not None else self.kind.penalty(self)
 
     def step(self, step: int) -> None:
         """Called after each optimizer step, while its gradients are there: budgets, projections."""
         if self.adapter is None:
-            method_of(self.config).adapter.step(self, step)
+            self.kind.step(self, step)
 
 
 def groups(model: nn.Module) -> dict[str, Group]:
     return model.__dict__.get("trimtab_groups", {})
+
+
+def calls(model: nn.Module) -> Call:
+    return model.__dict__.setdefault("trimtab_call", Call())
 
 
 def group(model: nn.Module, name: str) -> Group:
@@ -119,7 +124,7 @@ def attach(
     else:
         sites = find_sites(model, cfg, saved, name, strict=strict)
         new.shared = chosen.adapter.share(cfg, sites)
-        for site in (dataclasses.replace(s, shared=new.shared) for s in sites):
+        for site in (dataclasses.replace(s, shared=new.shared, call=calls(model)) for s in sites):
             plan[site.name] = [(site, chosen.adapter(cfg, site))]
     if names:
         cfg.modules_to_save = names  # type: ignore[attr-defined]
@@ -174,11 +179,11 @@ def _prompts(model: nn.Module) -> Named:
 
 def _wrap(model: nn.Module, path: str) -> AdapterLayer:
     parent, _, leaf = path.rpartition(".")
-    owner = model.get_submodule(parent)
+    owner = frozen(at(model, parent))
     module = owner._modules[leaf]
     assert module is not None
     if not isinstance(module, AdapterLayer):
-        owner._modules[leaf] = module = AdapterLayer(module).train(module.training)
+        owner._modules[leaf] = module = AdapterLayer(module, path, calls(model)).train(module.training)
     return module
 
 
@@ -212,7 +217,7 @@ def delete(model: nn.Module, name: str) -> None:
         layer.remove(name)
         if not layer.adapters:
             parent, _, leaf = path.rpartition(".")
-            model.get_submodule(parent)._modules[leaf] = layer.base_layer
+            frozen(at(model, parent))._modules[leaf] = layer.base_layer
     del groups(model)[name]
 
 
@@ -261,7 +266,9 @@ def unload(model: nn.Module) -> None:
         _unhook(model, g)
     for path, layer in list(adapted(model)):
         parent, _, leaf = path.rpartition(".")
-        model.get_submodule(parent)._modules[leaf] = layer.base_layer
+        frozen(at(model, parent))._modules[leaf] = layer.base_layer
+    for handle in model.__dict__.pop("trimtab_hooks", []):
+        handle.remove()
     model.__dict__.pop("trimtab_groups", None)
 
 
