@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimtab.core import group as groups
@@ -101,7 +102,10 @@ def _untie(model: Any) -> None:
     if config is None or inp is None or out is None or not getattr(config, "tie_word_embeddings", False):
         return
     if (head := out()) is not None and head.weight is not inp().weight:
-        config.tie_word_embeddings = False
+        if head.weight.shape == inp().weight.shape and torch.equal(head.weight, inp().weight):
+            head.weight = inp().weight  # merged alike
+        else:
+            config.tie_word_embeddings = False
 
 
 def _tell_new_biases(model: nn.Module) -> None:

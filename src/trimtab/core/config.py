@@ -34,7 +34,8 @@ class TaskType(str, Enum):
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to;
-    `choices`: values that the contract tries, beside true and false."""
+    `choices`: values that the contract tries, beside true and false; `place`: the file of `methods` whose `extend` puts
+    adapters beside those of the targets."""
     make: Any = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"help": help, **more})
 
@@ -240,6 +241,12 @@ def method_of(cfg: PeftConfig) -> Method:
     if importlib.util.find_spec(f"trimtab.methods.{name}") is None:
         raise NotSupported(f"{switched[0].name}={getattr(cfg, switched[0].name)!r} is not supported by this version")
     return load(name)
+
+
+def places(cfg: PeftConfig) -> list[Any]:
+    """The files that the config's fields name as `place`, of the fields that are set."""
+    found = [f.metadata["place"] for f in fields(cfg) if "place" in f.metadata and not default_like(getattr(cfg, f.name))]
+    return [importlib.import_module(f"trimtab.methods.{name}") for name in dict.fromkeys(found)]
 
 
 def config_class(name: str) -> type[PeftConfig]:

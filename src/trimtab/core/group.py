@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.core.adapter import Adapter, ModelAdapter
 from trimtab.core.base import Opaque, port
-from trimtab.core.config import PeftConfig, method_of
+from trimtab.core.config import PeftConfig, method_of, places
 from trimtab.core.full import BiasTune, FullTune
 from trimtab.core.layer import AdapterLayer, Named
 from trimtab.core.sites import Site, find_saved, find_sites, frozen, layers, saved_modules
@@ -126,6 +126,8 @@ def attach(
     for path, module in saved.items():
         site = Site(path, Opaque(frozen(module)), name)
         plan.setdefault(path, []).append((site, FullTune(site)))
+    for place in places(cfg):
+        place.extend(cfg, model, new, plan)
     _plan_biases(model, cfg, new, plan)
     for _, module in layers(model):
         port(frozen(module)).pin()
