@@ -120,7 +120,7 @@ def attach(
         sites = find_sites(model, cfg, saved, name, strict=strict)
         new.shared = chosen.adapter.share(cfg, sites)
         for site in (dataclasses.replace(s, shared=new.shared) for s in sites):
-            plan[site.name] = [(site, chosen.adapter(cfg, site))]
+            plan[site.name] = [(site, site.base.adapt(chosen.adapter, cfg, site))]
     if names:
         cfg.modules_to_save = names  # type: ignore[attr-defined]
     for path, module in saved.items():
@@ -181,7 +181,14 @@ def _wrap(model: nn.Module, path: str) -> AdapterLayer:
     assert module is not None
     if not isinstance(module, AdapterLayer):
         owner._modules[leaf] = module = AdapterLayer(module).train(module.training)
+        above = (model.get_submodule(path[:i]) for i, c in enumerate(path) if c == ".")
+        if any(isinstance(m, nn.TransformerEncoderLayer) for m in above):  # its fast path reads weights past their layers
+            module.register_forward_pre_hook(_seen)
     return module
+
+
+def _seen(*_: Any) -> None:
+    """A hook that does nothing: torch takes no fast path around a layer that has one."""
 
 
 def activate(model: nn.Module, names: str | list[str] | tuple[str, ...], *, trainable: bool | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from trimtab.core.adapter import Site
-from trimtab.core.base import Opaque, port
+from trimtab.core.base import Opaque, bases, port
 from trimtab.core.config import method_of
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.targets import HEADS, TARGETS
@@ -106,14 +106,33 @@ def find_sites(
                 )
             continue
         found.append(Site(name, base, adapter))
+    found += _parameters(model, cfg, adapter, [s.name for s in found])
     _check(model, cfg, target, found, strict)
     _complete(model, cfg, target, found)
     return found
 
 
+def _parameters(model: nn.Module, cfg: Any, adapter: str, others: list[str]) -> list[Site]:
+    """`target_parameters`: parameters that are no layer's weight, by path ends."""
+    wanted: list[str] = getattr(cfg, "target_parameters", None) or []
+    found: dict[str, tuple[nn.Module, list[str]]] = {}
+    for name, module in layers(model) if wanted else ():
+        layer = frozen(module)
+        own = [*(n for n, _ in layer.named_parameters(recurse=False)), *getattr(layer, "parametrizations", {})]
+        if (hits := [n for n in own if matches(f"{name}.{n}", wanted)]) and name:
+            found[name] = layer, hits
+    full = [f"{name}.{n}" for name, (_, hits) in found.items() for n in hits]
+    if missing := [w for w in wanted if not any(ends_with(n, w) for n in full)]:
+        leaves = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.dim() == 3}
+        raise NoMatch(f"target_parameters names no parameter: {', '.join(map(repr, missing))}.{nearest(missing[0], leaves)}")
+    if both := [n for n in found if n in others]:
+        raise ConfigError(f"{both[0]!r} is named by target_modules and by target_parameters: leave out one of the two")
+    return [Site(n, cast(Any, bases()["parameters"])(layer, hits), adapter) for n, (layer, hits) in found.items()]
+
+
 def _complete(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site]) -> None:
     """Write into the config what the model decided, so that its file says it and no reader needs the tables."""
-    if cfg.target_modules is None:
+    if cfg.target_modules is None and target:
         cfg.target_modules = target
     defaults: dict[str, dict[str, list[str]]] = getattr(method_of(cfg).adapter, "defaults", {})
     for field, table in defaults.items():
@@ -149,6 +168,8 @@ def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
         return list(table[kind])
     if (aimed := adapter.aim(model)) is not None:
         return aimed
+    if getattr(cfg, "target_parameters", None):
+        return []
     warnings.warn(
         f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning
     )
@@ -201,11 +222,11 @@ def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site
             f"no module matches target {', '.join(map(repr, missing))}{f' with {limits}' if limits else ''}."
             f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
         )
-    fields = cfg.to_dict()
+    fields, names = cfg.to_dict(), [n for s in found for n in (s.name, *(f"{s.name}.{part}" for part in s.base.parts))]
     for field in (f for f, value in fields.items() if f.endswith("_pattern") and isinstance(value, dict)):
         patterns: dict[str, Any] = fields[field]
         for pattern in patterns:
-            if strict and not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in found):
+            if strict and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                 raise NoMatch(
                     f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}"
                 )

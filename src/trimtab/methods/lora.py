@@ -31,7 +31,7 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     kasa_config: dict[str, Any] | None = option(None, "KaSA", variant="kasa")
     velora_config: dict[str, Any] | None = option(None, "VeLoRA", variant="velora")
     monteclora_config: dict[str, Any] | None = option(None, "MonteCLoRA", variant="monteclora")
-    target_parameters: list[str] | None = option(None, "parameters that are no layer's weight", later=True)
+    target_parameters: list[str] | None = option(None, "parameters that are no layer's weight, as experts'")
     trainable_token_indices: Any = option(None, "ids of tokens to train, or {layer: ids}", place="_token_rows")
     ensure_weight_tying: bool = option(False, "adapt layers that share a weight alike", place="_tied")
     layer_replication: list[Any] | None = option(None, "stack copies of layers", later=True)
