@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.bases._parts import Part, Parts
-from trimtab.core.base import Base, base
+from trimtab.core.base import Base, Opaque, base
 from trimtab.core.ops import OpaqueOp
 
 
@@ -32,3 +32,15 @@ def _places(layer: nn.MultiheadAttention) -> dict[str, str]:
     """Where files hold the adapter of each weight."""
     own = {f"{n}_proj_weight": f"{n}_proj." for n in "qkv"} if layer.in_proj_weight is None else {"in_proj_weight": ""}
     return own | {"out_proj.weight": "base_layer.out_proj."}
+
+
+@base("torch.nn.modules.transformer.TransformerEncoderLayer", "torch.nn.modules.transformer.TransformerEncoder")
+class Encoder(Opaque):
+    """In eval mode torch's encoder reads the weights of its layers past them, and so past their adapters. It is told not to."""
+
+    def pin(self) -> None:
+        layer: Any = self.layer
+        if isinstance(layer, nn.TransformerEncoder):
+            layer.use_nested_tensor = False  # what the layers' slow path cannot read
+        else:
+            layer.activation_relu_or_gelu = 0  # for an activation of another kind there is no fast path

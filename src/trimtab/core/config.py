@@ -34,8 +34,7 @@ class TaskType(str, Enum):
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to;
-    `choices`: values that the contract tries, beside true and false; `place`: the file of `methods` whose `extend` puts
-    adapters beside those of the targets."""
+    `choices`: values that the contract tries, beside true and false; `place`: a file of `methods` with hooks, see `places`."""
     make: Any = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"help": help, **more})
 
@@ -243,10 +242,12 @@ def method_of(cfg: PeftConfig) -> Method:
     return load(name)
 
 
-def places(cfg: PeftConfig) -> list[Any]:
-    """The files that the config's fields name as `place`, of the fields that are set."""
+def places(cfg: PeftConfig, hook: str) -> list[Any]:
+    """The functions called `hook` in the files that the fields which are set name as `place`: `prepare` changes the model's
+    shape, `sites` finds more sites than the targets, `extend` puts more adapters into the plan."""
     found = [f.metadata["place"] for f in fields(cfg) if "place" in f.metadata and not default_like(getattr(cfg, f.name))]
-    return [importlib.import_module(f"trimtab.methods.{name}") for name in dict.fromkeys(found)]
+    files = [importlib.import_module(f"trimtab.methods.{name}") for name in dict.fromkeys(found)]
+    return [getattr(file, hook) for file in files if hasattr(file, hook)]
 
 
 def config_class(name: str) -> type[PeftConfig]:

@@ -110,6 +110,22 @@ def attach(
         raise ConfigError(
             f"an adapter is called {name!r} already; delete_adapter({name!r}) first, or choose another name"
         )
+    try:
+        for prepare in places(cfg, "prepare"):
+            prepare(cfg, model)
+        return _attach(model, cfg, name, full_precision, strict)
+    except Exception:
+        restore(model)
+        raise
+
+
+def restore(model: nn.Module, *, keep: bool = False) -> None:
+    """Undo what the adapters that are gone have changed of the model's shape (`layer_replication`), or make it lasting."""
+    if not groups(model) and (shape := model.__dict__.pop("trimtab_shape", None)) is not None:
+        shape.keep() if keep else shape.undo()
+
+
+def _attach(model: nn.Module, cfg: PeftConfig, name: str, full_precision: bool, strict: bool) -> Group:
     chosen, new = method_of(cfg), Group(name, cfg)
     plan: dict[str, list[tuple[Site, Adapter]]] = {}
     names = saved_modules(model, cfg, fresh=strict)
@@ -126,8 +142,8 @@ def attach(
     for path, module in saved.items():
         site = Site(path, Opaque(frozen(module)), name)
         plan.setdefault(path, []).append((site, FullTune(site)))
-    for place in places(cfg):
-        place.extend(cfg, model, new, plan)
+    for extend in places(cfg, "extend"):
+        extend(cfg, model, new, plan)
     _plan_biases(model, cfg, new, plan)
     for _, module in layers(model):
         port(frozen(module)).pin()
@@ -181,14 +197,7 @@ def _wrap(model: nn.Module, path: str) -> AdapterLayer:
     assert module is not None
     if not isinstance(module, AdapterLayer):
         owner._modules[leaf] = module = AdapterLayer(module).train(module.training)
-        above = (model.get_submodule(path[:i]) for i, c in enumerate(path) if c == ".")
-        if any(isinstance(m, nn.TransformerEncoderLayer) for m in above):  # its fast path reads weights past their layers
-            module.register_forward_pre_hook(_seen)
     return module
-
-
-def _seen(*_: Any) -> None:
-    """A hook that does nothing: torch takes no fast path around a layer that has one."""
 
 
 def activate(model: nn.Module, names: str | list[str] | tuple[str, ...], *, trainable: bool | None = None) -> None:
@@ -223,6 +232,7 @@ def delete(model: nn.Module, name: str) -> None:
             parent, _, leaf = path.rpartition(".")
             model.get_submodule(parent)._modules[leaf] = layer.base_layer
     del groups(model)[name]
+    restore(model)
 
 
 def _unhook(model: nn.Module, gone: Group) -> None:
@@ -268,10 +278,12 @@ def unload(model: nn.Module) -> None:
     """Take all adapters off, leaving each layer as it is now: merged or original."""
     for g in groups(model).values():
         _unhook(model, g)
+    stays = any(layer.kept for _, layer in adapted(model))
     for path, layer in list(adapted(model)):
         parent, _, leaf = path.rpartition(".")
         model.get_submodule(parent)._modules[leaf] = layer.base_layer
     model.__dict__.pop("trimtab_groups", None)
+    restore(model, keep=stays)
 
 
 def disable(model: nn.Module, off: bool = True) -> None:

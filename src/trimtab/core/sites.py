@@ -11,8 +11,8 @@ from typing import Any, cast
 from torch import nn
 
 from trimtab.core.adapter import Site
-from trimtab.core.base import Opaque, bases, port
-from trimtab.core.config import method_of
+from trimtab.core.base import Opaque, port
+from trimtab.core.config import method_of, places
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.targets import HEADS, TARGETS
 from trimtab.errors import ConfigError, NoMatch, NotSupported, TrimtabWarning, nearest
@@ -106,28 +106,11 @@ def find_sites(
                 )
             continue
         found.append(Site(name, base, adapter))
-    found += _parameters(model, cfg, adapter, [s.name for s in found])
+    for more in places(cfg, "sites"):
+        found += more(cfg, model, adapter, found)
     _check(model, cfg, target, found, strict)
     _complete(model, cfg, target, found)
     return found
-
-
-def _parameters(model: nn.Module, cfg: Any, adapter: str, others: list[str]) -> list[Site]:
-    """`target_parameters`: parameters that are no layer's weight, by path ends."""
-    wanted: list[str] = getattr(cfg, "target_parameters", None) or []
-    found: dict[str, tuple[nn.Module, list[str]]] = {}
-    for name, module in layers(model) if wanted else ():
-        layer = frozen(module)
-        own = [*(n for n, _ in layer.named_parameters(recurse=False)), *getattr(layer, "parametrizations", {})]
-        if (hits := [n for n in own if matches(f"{name}.{n}", wanted)]) and name:
-            found[name] = layer, hits
-    full = [f"{name}.{n}" for name, (_, hits) in found.items() for n in hits]
-    if missing := [w for w in wanted if not any(ends_with(n, w) for n in full)]:
-        leaves = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.dim() == 3}
-        raise NoMatch(f"target_parameters names no parameter: {', '.join(map(repr, missing))}.{nearest(missing[0], leaves)}")
-    if both := [n for n in found if n in others]:
-        raise ConfigError(f"{both[0]!r} is named by target_modules and by target_parameters: leave out one of the two")
-    return [Site(n, cast(Any, bases()["parameters"])(layer, hits), adapter) for n, (layer, hits) in found.items()]
 
 
 def _complete(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site]) -> None:

@@ -46,6 +46,8 @@ class LNTuning(Adapter):
     def __init__(self, cfg: LNTuningConfig, site: Site) -> None:
         super().__init__()
         site.need("LN tuning", "norm", "linear", "embedding", "conv")
+        if not isinstance(site.base, type(port(site.base.layer))):
+            raise NotSupported(f"LN tuning copies whole layers, and {site.name!r} has several weights: use modules_to_save")
         self.frozen = site.base
         self.ln_tuning_layers = _dense(site).requires_grad_(True)
         self.star = port(self.ln_tuning_layers)
