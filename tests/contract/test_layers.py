@@ -71,7 +71,7 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def test_every_base_is_among_the_kinds_and_every_method_fits_every_linear_layer() -> None:
-    inside = {Attention, Parameters, Encoder}  # layers with several weights: test_parts.py
+    inside = {Attention, Parameters, Encoder}  # layers with several weights: test_several_weights.py
     assert set(bases().values()) - inside == {type(port(k.layer())) for k in KINDS}
     linear = [k.name for k in KINDS if port(k.layer()).op.kind == "linear"]
     assert len(linear) == 8

@@ -154,11 +154,13 @@ def _adapter(method: type[Adapter], cfg: Any, site: Site, part: Part) -> Any:
 
 def _need_equation(adapter: Adapter, site: Site, part: Part) -> None:
     """The layer uses the weight inside, so all that an adapter does must be in its `weight`, and `bias` where there is one."""
+    books = [(getattr(type(adapter), hook), getattr(Adapter, hook)) for hook in ("pack", "unpack", "step", "penalty")]
     with torch.no_grad():
         reasons = {
             "dropout acts on the input": any(isinstance(m, nn.Dropout) and m.p > 0 for m in adapter.modules()),
             "it draws numbers in training": adapter.noisy,
             "it acts on activations": adapter.routed,
+            "its files and budgets count one weight a layer": any(a.__func__ is not b.__func__ for a, b in books),
             "it needs a bias": not part.bias_name and adapter.bias(None, part.weight()) is not None,
         }
     if reason := next((text for text, is_so in reasons.items() if is_so), ""):

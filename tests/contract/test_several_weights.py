@@ -17,7 +17,8 @@ from trimtab.errors import NotSupported
 
 DIM = 16
 SHARING = {"frod", "lily", "pvera", "randlora", "tinylora", "unilora", "vblora", "vera"}  # tensors, between layers
-REFUSED = SHARING | {"ln_tuning"}  # which copies layers
+COUNTING = {"adalora", "adamss", "glora"}  # one weight a layer, in files or budgets
+REFUSED = SHARING | COUNTING | {"ln_tuning"}  # which copies layers
 
 
 class Host(nn.Module):
@@ -56,8 +57,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(method: str) ->
     assert made.attn is layer and "trimtab_groups" not in made.__dict__
 
 
-@pytest.mark.parametrize("method", [m for m in layer_methods() if m not in REFUSED])
-@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 6}], ids=["same", "apart"])
+CASES = [(m, o) for m in layer_methods() if m not in REFUSED for o in ({}, {"kdim": 8, "vdim": 8})]
+
+
+def test_a_method_that_trains_biases_is_refused_where_three_weights_share_one() -> None:
+    with pytest.raises(NotSupported, match="BEFT on 'attn': it needs a bias"):
+        get_peft_model(host(kdim=8, vdim=8), config("beft"))
+
+
+@pytest.mark.parametrize(("method", "options"), [c for c in CASES if c != ("beft", CASES[1][1])], ids=str)
 def test_a_method_on_attention_merges_unmerges_and_travels(method: str, options: dict[str, int], tmp_path: Path) -> None:
     model = get_peft_model(host(**options), config(method))
     randomise(model)
