@@ -30,7 +30,8 @@ class Attention(Base):
 
 def _places(layer: nn.MultiheadAttention) -> dict[str, str]:
     """Where files hold the adapter of each weight."""
-    own = {f"{n}_proj_weight": f"{n}_proj." for n in "qkv"} if layer.in_proj_weight is None else {"in_proj_weight": ""}
+    one = "in_proj_weight" in dict(layer.named_parameters())
+    own = {"in_proj_weight": ""} if one else {f"{n}_proj_weight": f"{n}_proj." for n in "qkv"}
     return own | {"out_proj.weight": "base_layer.out_proj."}
 
 

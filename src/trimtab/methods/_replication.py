@@ -62,7 +62,7 @@ def prepare(cfg: Any, model: nn.Module) -> None:
 
 
 def _config(model: Any) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(config, "num_hidden_layers", None) is None:
         raise NotSupported("layer_replication: the model's config has no num_hidden_layers")

@@ -21,7 +21,10 @@ Plan = dict[str, list[tuple[Site, Adapter]]]
 
 def input_embedding(model: nn.Module, adapter: str = "default") -> Site | None:
     get: Any = getattr(model, "get_input_embeddings", None)
-    embedding = frozen(get()) if callable(get) else None
+    found: Any = get() if callable(get) else None
+    if found is None:
+        return None
+    embedding = frozen(found)
     return next((Site(n, port(embedding), adapter) for n, m in layers(model) if frozen(m) is embedding), None)
 
 
@@ -101,7 +104,7 @@ def follower(cfg: Any, leader: Adapter, site: Site, other: Site) -> Adapter:
         tied.copy.weight = leader.copy.weight
         return tied
     turned = site.kind != other.kind
-    if type(leader) is not LoRA or not turned or leader.lora_B.bias is not None:
+    if type(leader) is not LoRA or not turned or cfg.lora_bias:
         return Follower(leader, other, turned=turned)
     lora = LoRA(cfg, other)
     lora.lora_A, lora.lora_B, lora.s = Turned(leader.lora_B), Turned(leader.lora_A), leader.s  # type: ignore[assignment]
