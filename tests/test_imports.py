@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"files", "headers", "typed", "call", "targets"},
     {"core"},
+    {"states"},
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
     {"fused", "store", "optim", "origin", "bounded"},

@@ -80,7 +80,7 @@ def _claim(file: Path, name: str, said: Any, start: int) -> Claim:
     begin, end = offsets
     bits = math.prod(shape) * BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
-        raise damaged(file, f"{name[:100]!r} claims {bits // 8:,} bytes by its shape {shape} and {end - begin:,} by its offsets")
+        raise damaged(file, f"{name[:100]!r} claims {bits // 8:,} bytes by its shape {shape}, {end - begin:,} by its offsets")
     return Claim(dtype, tuple(shape), start + begin, start + end)
 
 

@@ -91,8 +91,8 @@ def _loras(group: Group) -> Iterator[tuple[str, LoRA]]:
     found: list[tuple[str, LoRA]] = list(group.each(LoRA))
     if started := [path for path, lora in found if lora.start_A is not None]:
         raise NotSupported(
-            f"adapter {group.name!r} started by an init that is taken off on {started[0]!r}: save it, which writes a plain LoRA, "
-            "and load that"
+            f"adapter {group.name!r} started by an init that is taken off on {started[0]!r}: save it, which writes a plain "
+            "LoRA, and load that"
         )
     return iter(found)
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import trimtab.fused  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers the faster forms
-from trimtab import mixed, origin, store
+from trimtab import mixed, origin, states, store
 from trimtab.bounded import bounded
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
@@ -124,7 +124,7 @@ class PeftModel(Verbs):
     @contextmanager
     def disable_adapter(self) -> Generator[None, None, None]:
         """Within it the model answers as the untouched base, bit for bit, biases and saved modules included."""
-        with groups.disabled(self.get_base_model()):
+        with states.disabled(self.get_base_model()):
             yield
 
     # -- adapters -----------------------------------------------------------------------------------------------------

@@ -190,8 +190,10 @@ def load(
             report.mismatched_keys.append(f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}")
         else:
             chosen[key] = value
-    report.missing_keys = [k for k in own if k not in given]
+    read = {_place(own[k]) for k in chosen} - {None}
+    report.missing_keys = [k for k in own if k not in given and _place(own[k]) not in read]
     report.loaded = list(chosen)
+    report.mismatched_keys += _torn(own, chosen)
     bad = report.missing_keys or report.unexpected_keys or (report.mismatched_keys and not ignore_mismatched_sizes)
     if strict and bad:
         raise BadCheckpoint(_message(group, own, report, source))
@@ -202,6 +204,22 @@ def load(
         for key, value in chosen.items():
             own[key].copy_(value)
     return report
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Where its numbers are: tensors that are tied have them in one place."""
+    return (tensor.device, tensor.data_ptr()) if tensor.numel() and not tensor.is_meta else None
+
+
+def _torn(own: Mapping[str, Tensor], chosen: dict[str, Tensor]) -> list[str]:
+    """Keys of one tensor, straight or transposed, to which a file gives different values."""
+    found: list[str] = []
+    seen: dict[Any, tuple[str, Tensor]] = {}
+    for key, value in chosen.items():
+        first, same = seen.setdefault(_place(own[key]) or key, (key, value))
+        if same is not value and not torch.equal(same if same.shape == value.shape else same.T, value):
+            found.append(f"{key} is tied to {first}, and the file holds another value for it")
+    return found
 
 
 def _normal(key: str, own: Mapping[str, Tensor]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
-from trimtab import blend
+from trimtab import blend, states
 from trimtab.core import group as groups
 from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
@@ -54,10 +55,10 @@ class Verbs(nn.Module):
                 group.step(global_step)
 
     def enable_adapter_layers(self) -> None:
-        groups.disable(self.get_base_model(), False)
+        states.disable(self.get_base_model(), False)
 
     def disable_adapter_layers(self) -> None:
-        groups.disable(self.get_base_model(), True)
+        states.disable(self.get_base_model(), True)
 
     def add_weighted_adapter(
         self,
@@ -82,11 +83,11 @@ class Verbs(nn.Module):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write active adapters into the weights. `safe_merge`: raise if a weight would not be finite."""
-        groups.merge(self.get_base_model(), adapter_names, safe=safe_merge)
+        states.merge(self.get_base_model(), adapter_names, safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """The original weights again, bit for bit, on every base."""
-        groups.unmerge(self.get_base_model())
+        states.unmerge(self.get_base_model())
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -101,7 +102,7 @@ class Verbs(nn.Module):
     def unload(self) -> Any:
         """The plain base model without adapters. This object is spent afterwards."""
         model = self.get_base_model()
-        groups.unload(model)
+        states.unload(model)
         return model
 
     def __getattr__(self, name: str) -> Any:
@@ -123,7 +124,10 @@ def _untie(model: Any) -> None:
     if config is None or inp is None or out is None or not getattr(config, "tie_word_embeddings", False):
         return
     if (head := out()) is not None and head.weight is not inp().weight:
-        config.tie_word_embeddings = False
+        if head.weight.shape == inp().weight.shape and torch.equal(head.weight, inp().weight):
+            head.weight = inp().weight  # merged alike
+        else:
+            config.tie_word_embeddings = False
 
 
 def _tell_new_biases(model: nn.Module) -> None:

@@ -203,7 +203,7 @@ def variations(method: str) -> list[tuple[tuple[str, Any], ...]]:
         value = load(method).small.get(f.name, f.default)
         if f.name in _OPTIONS:
             found.append(((f.name, _OPTIONS[f.name]),))
-        elif isinstance(value, bool) and f.name not in _SAME and not {"variant", "later", "apart"} & set(f.metadata):
+        elif isinstance(value, bool) and f.name not in _SAME and not {"variant", "later", "apart", "place"} & set(f.metadata):
             found.append(((f.name, not value),))
         found += [((f.name, choice),) for choice in f.metadata.get("choices", ()) if choice != value]
     return found

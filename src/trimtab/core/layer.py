@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trimtab.call import Call
 from trimtab.core.adapter import Adapted, Adapter, Site
 from trimtab.core.base import Base, port
+from trimtab.core.ops import OpaqueOp
 from trimtab.errors import NotMergeable
 
 
@@ -120,7 +121,7 @@ class AdapterLayer(nn.Module):
 
     def through(self, stack: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         y = stack(x, *args, **kwargs)
-        if not isinstance(stack, Adapted) or self.port.op.kind == "module":
+        if not isinstance(stack, Adapted) or isinstance(self.port.op, OpaqueOp):
             return y
         want = x.dtype if x.is_floating_point() else self.port.dtype  # the one place where outputs are cast
         return y if y.dtype == want or torch.is_autocast_enabled(y.device.type) else y.to(want)

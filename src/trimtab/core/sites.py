@@ -12,7 +12,7 @@ from torch import nn
 
 from trimtab.core.adapter import Site
 from trimtab.core.base import Opaque, port
-from trimtab.core.config import method_of
+from trimtab.core.config import method_of, places
 from trimtab.core.layer import AdapterLayer
 from trimtab.errors import ConfigError, NoMatch, NotSupported, TrimtabWarning, nearest
 from trimtab.targets import HEADS, TARGETS
@@ -113,6 +113,8 @@ def find_sites(
                 )
             continue
         found.append(Site(name, base, adapter, beside=module.adapters if isinstance(module, AdapterLayer) else None))
+    for more in places(cfg, "sites"):
+        found += more(cfg, model, adapter, found)
     _check(model, cfg, target, found, strict)
     _complete(model, cfg, target, found)
     return found
@@ -120,7 +122,7 @@ def find_sites(
 
 def _complete(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site]) -> None:
     """Write into the config what the model decided, so that its file says it and no reader needs the tables."""
-    if cfg.target_modules is None:
+    if cfg.target_modules is None and target:
         cfg.target_modules = target
     defaults: dict[str, dict[str, list[str]]] = getattr(method_of(cfg).adapter, "defaults", {})
     for field, table in defaults.items():
@@ -157,6 +159,8 @@ def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
         return list(table[kind])
     if (aimed := adapter.aim(model)) is not None:
         return aimed
+    if getattr(cfg, "target_parameters", None):
+        return []
     warnings.warn(
         f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning
     )
@@ -209,11 +213,11 @@ def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site
             f"no module matches target {', '.join(map(repr, missing))}{f' with {limits}' if limits else ''}."
             f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
         )
-    fields = cfg.to_dict()
+    fields, names = cfg.to_dict(), [n for s in found for n in (s.name, *(f"{s.name}.{part}" for part in s.base.parts))]
     for field in (f for f, value in fields.items() if f.endswith("_pattern") and isinstance(value, dict)):
         patterns: dict[str, Any] = fields[field]
         for pattern in patterns:
-            if strict and not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in found):
+            if strict and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                 raise NoMatch(
                     f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}"
                 )

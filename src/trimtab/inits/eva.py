@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import group as groups
+from trimtab import states
 from trimtab.core.adapter import Site
 from trimtab.core.config import in_range, option
 from trimtab.errors import ConfigError
@@ -81,7 +81,7 @@ def get_eva_state_dict(
         raise ConfigError("get_eva_state_dict: peft_config is needed where the model carries no adapter")
     sites, prefix = data.sites_of(model, cfg, adapter_name), PREFIX if bare is not model else ""
     seen = Seen(sites, cfg, prepare_layer_inputs_fn, prefix)
-    with data.mode(bare, training=False), data.watched(sites, seen.look), groups.disabled(bare):
+    with data.mode(bare, training=False), data.watched(sites, seen.look), states.disabled(bare):
         for batch in (data.moved(given, data.device_of(bare)) for given in dataloader):
             seen.next(prepare_model_inputs_fn(batch, cfg) if prepare_model_inputs_fn else batch)
             forward_fn(model, batch)

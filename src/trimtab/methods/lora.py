@@ -36,10 +36,10 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     monteclora_config: Any = option(
         None, "MonteCLoRA: learned noise on A", variant="monteclora", holds="methods.monteclora.MontecloraConfig"
     )
-    target_parameters: list[str] | None = option(None, "parameters that are no layer's weight", later=True)
-    trainable_token_indices: Any = option(None, "rows of the embedding that are trained", later=True)
-    ensure_weight_tying: bool = option(False, "adapt tied layers alike", later=True)
-    layer_replication: list[Any] | None = option(None, "stack copies of layers", later=True)
+    target_parameters: list[str] | None = option(None, "parameters, as those of experts", place="_parameters")
+    trainable_token_indices: Any = option(None, "ids of tokens to train, or {layer: ids}", place="_token_rows")
+    ensure_weight_tying: bool = option(False, "adapt layers that share a weight alike", place="_tied")
+    layer_replication: list[Any] | None = option(None, "spans [from, to) of layers, stacked", place="_replication")
     loftq_config: Any = option(dict, "LoftQConfig: bits and turns")
     eva_config: Any = option(None, "EvaConfig: how ranks are spread")
     corda_config: Any = option(None, "CordaConfig: what is trained, and files")
