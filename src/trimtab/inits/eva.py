@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import states
+from trimtab.core import group as groups
 from trimtab.core.adapter import Site
 from trimtab.core.config import in_range, option
 from trimtab.errors import ConfigError
