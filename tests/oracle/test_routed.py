@@ -49,3 +49,43 @@ def test_generate_with_alora_is_peft_s_with_a_cache_and_without() -> None:
     with pytest.raises(ValueError, match="Beam search"):
         them.generate(**options, num_beams=2)
     assert us.generate(**options, num_beams=2).sequences.shape == want.sequences.shape
+
+
+TASKS = torch.tensor([2, 0])
+
+
+def of_tasks(model: Any, name: str) -> Tensor:
+    with torch.no_grad():
+        call = inputs(name) | ({"task_ids": TASKS} if hasattr(model, "peft_config") else {})
+        found = model.eval()(**call).logits
+    return found * inputs(name)["attention_mask"][..., None] if name == "llama" else found
+
+
+@pytest.mark.parametrize("options", [{}, {"n_splits": 2, "n_skills": 3, "r": 4}, {"init_weights": False}], ids=str)
+@pytest.mark.parametrize("model", ["llama", "t5", "bert"])
+def test_exchange_poly(model: str, options: dict[str, Any], tmp_path: Path) -> None:
+    exchange(model, *configs("poly", model, n_tasks=3, **options), tmp_path, answer=of_tasks)
+
+
+def test_poly_draws_what_peft_draws_in_training() -> None:
+    ours, theirs = configs("poly", "llama", n_tasks=3, n_splits=2, target_modules=["layers.1.self_attn.q_proj"])
+    us, them = trimtab.get_peft_model(base("llama"), ours), quiet_peft(base("llama"), theirs)
+    move(them)
+    trimtab.set_peft_model_state_dict(us, peft.get_peft_model_state_dict(them))
+    found = []
+    for model in (us, them):
+        torch.manual_seed(3)
+        found.append(model.train()(input_ids=IDS, task_ids=TASKS).logits)
+    close(found[0], found[1])
+    assert (found[0] - us.eval()(input_ids=IDS, task_ids=TASKS).logits).abs().max() > 1e-4
+
+
+def test_poly_under_gradient_checkpointing_where_peft_s_tasks_are_gone_in_the_backward() -> None:
+    ours, theirs = configs("poly", "llama", n_tasks=3)
+    us, them = trimtab.get_peft_model(base("llama"), ours), quiet_peft(base("llama"), theirs)
+    for model in (us, them):
+        model.train().get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    us(input_ids=IDS, task_ids=TASKS, labels=IDS).loss.backward()
+    loss = them(input_ids=IDS, task_ids=TASKS, labels=IDS).loss
+    with pytest.raises(ValueError, match="task_ids should not be None"):
+        loss.backward()
