@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
+    from trimtab.experts import create_arrow_model
     from trimtab.methods.lora import LoraConfig
     from trimtab.model import (
         PeftModel,
@@ -50,6 +51,7 @@ _HOMES = (
     "model",
     "status",
     "auto",
+    "experts",
     "train.trainer",
 )
 
@@ -72,6 +74,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "Trainer",
+    "create_arrow_model",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import trimtab.fused  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers the faster forms
-from trimtab import mixed, store
+from trimtab import mixed, scalings, store
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
 from trimtab.core.group import Group
@@ -144,6 +144,8 @@ class PeftModel(Verbs):
         if config.task_type is None and config.auto_mapping is None:
             kind = cast("type[Any]", type(model))
             config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        if getattr(config, "adapters", None):
+            scalings.load_experts(self, config)
         group = groups.attach(model, config, name, full_precision=full_precision, strict=strict)
         mixed.watch(model)
         return group
@@ -201,6 +203,7 @@ class PeftModel(Verbs):
             tensors = {re.sub(pattern, new, k): v for k, v in tensors.items()}
         fresh = adapter_name not in groups.groups(model)
         if fresh:
+            config = scalings.beside(config, path)
             if whole := store.saved_whole(model, config, tensors):
                 config = replaced(config, modules_to_save=whole)
             self._attach(adapter_name, config, autocast_adapter_dtype, strict=False)

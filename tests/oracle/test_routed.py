@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from theirs import base, close, configs, exchange, inputs, move, quiet_peft
+from theirs import base, close, configs, exchange, inputs, keys, move, quiet_peft, same_settings
 from torch import Tensor
 
 import trimtab
@@ -89,3 +89,50 @@ def test_poly_under_gradient_checkpointing_where_peft_s_tasks_are_gone_in_the_ba
     loss = them(input_ids=IDS, task_ids=TASKS, labels=IDS).loss
     with pytest.raises(ValueError, match="task_ids should not be None"):
         loss.backward()
+
+
+def experts(folder: Path, count: int, model: str = "llama", **more: Any) -> list[str]:
+    """Folders of LoRAs that peft wrote."""
+    for i in range(count):
+        them = quiet_peft(base(model), configs("lora", model, r=4, **more)[1])
+        torch.manual_seed(i)
+        move(them, 0.1 * (i + 1))
+        for n, p in them.named_parameters():
+            if "lora_" in n:
+                torch.nn.init.normal_(p, std=0.2)
+        them.save_pretrained(str(folder / f"expert{i}"))
+    return [str(folder / f"expert{i}") for i in range(count)]
+
+
+ARROWS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"top_k": 2}, {}),
+    ({"top_k": 3, "router_temperature": 0.2}, {"lora_alpha": 16, "use_rslora": True}),
+    ({"top_k": 1, "use_gks": True}, {}),
+]
+
+
+@pytest.mark.parametrize(("settings", "lora"), ARROWS, ids=str)
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_arrow(settings: dict[str, Any], lora: dict[str, Any], model: str, tmp_path: Path) -> None:
+    paths = experts(tmp_path, 5, model, **lora)
+    general = paths[3:] if settings.get("use_gks") else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        them = peft.create_arrow_model(base(model), paths[:3], peft.ArrowConfig(**settings, rng_seed=1), general).eval()
+    us = trimtab.create_arrow_model(base(model), paths[:3], trimtab.ArrowConfig(**settings, rng_seed=1), general).eval()
+    before = {n: p.clone() for n, p in us.named_parameters()}
+    close(whole(us, model), whole(them, model), 2e-5)
+    assert (whole(us, model) - whole(base(model), model)).abs().max() > 1e-2
+    assert all(torch.equal(p, before[n]) for n, p in us.named_parameters())
+    us.save_pretrained(tmp_path / "ours")
+    them.save_pretrained(str(tmp_path / "theirs"))
+    for name in us.peft_config:
+        assert keys(tmp_path / "ours" / name) == keys(tmp_path / "theirs" / name)
+    if model == "llama":  # peft leaves fan_in_fan_out of a second adapter as it was given
+        same_settings(tmp_path / "ours" / "arrow_router", tmp_path / "theirs" / "arrow_router")
+    if not general:  # peft has changed the experts' weights, and would change them again
+        loaded = trimtab.PeftModel.from_pretrained(base(model), tmp_path / "theirs" / "task_0", "task_0")
+        for name in ("task_1", "task_2", "arrow_router"):
+            loaded.load_adapter(tmp_path / "theirs" / name, name)
+        loaded.set_adapter("arrow_router")
+        close(whole(loaded, model), whole(us, model), 0)

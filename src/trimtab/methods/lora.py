@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     use_dora: bool = option(False, "DoRA: train the length of each weight row apart from its direction", variant="dora")
     use_qalora: bool = option(False, "QA-LoRA", variant="qalora")
     alora_invocation_tokens: list[int] | None = option(None, "aLoRA", variant="alora")
-    arrow_config: dict[str, Any] | None = option(None, "Arrow", variant="arrow")
+    arrow_config: Any = option(None, "Arrow", variant="arrow")
     use_bdlora: dict[str, Any] | None = option(None, "BD-LoRA", variant="bdlora")
     kasa_config: dict[str, Any] | None = option(None, "KaSA", variant="kasa")
     velora_config: dict[str, Any] | None = option(None, "VeLoRA", variant="velora")
@@ -45,6 +45,9 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in vars(self).items():
+            if is_dataclass(value) and not isinstance(value, type):  # `ArrowConfig`: files hold dicts
+                setattr(self, name, asdict(value))
         in_range("r", self.r, 1)
         in_range("lora_dropout", self.lora_dropout, 0, 1)
         if self.init_lora_weights not in (True, False, "gaussian"):

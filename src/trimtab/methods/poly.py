@@ -92,7 +92,7 @@ class Poly(Adapter):
     @classmethod
     def enter(cls, group: Group, call: Call, given: dict[str, Any]) -> Tensor | None:
         config: Any = group.config
-        ids = given.get("task_ids")
+        ids = call.asked.get("task_ids")
         if ids is None:
             if config.n_tasks > 1:
                 raise ConfigError(f"Poly {group.name!r} has {config.n_tasks} tasks: task_ids says which one each row is of")
