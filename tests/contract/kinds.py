@@ -185,7 +185,7 @@ def close(a: Tensor, b: Tensor, rtol: float) -> None:
 
 
 def layer_methods() -> list[str]:
-    """Those that a layer can carry alone; what mixes others is in `test_experts`."""
+    """Those that a layer can carry alone; what mixes others has tests of its own in `tests/methods`."""
     return [m for m in methods() if not issubclass(load(m).adapter, ModelAdapter) and not load(m).adapter.among]
 
 

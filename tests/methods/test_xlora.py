@@ -72,12 +72,13 @@ def test_the_equation(options: dict[str, Any], tmp_path: Path) -> None:
     _, (x, y) = seen  # the first pass, and the second
     p = model.get_latest_scalings()
     assert p is not None and p.shape == (3, 5, 5, 2)  # q and v in two layers, and the embedding
-    experts = [layer.adapters[n] for n in ("law", "french")]
+    experts = [layer.adapters[n] for n in ("french", "law")]  # in the order of their names
     delta = [e.s * x @ e.lora_A.weight.T @ e.lora_B.weight.T for e in experts]
     own = p[:, :, [n for n, _ in model.get_base_model().trimtab_groups["default"].sites()].index(layer.path)]
     if options.get("top_k_lora"):
         own = torch.nn.functional.one_hot(own.argmax(-1), 2).float()
-    want = layer.base_layer(x) + sum(own[..., e, None] * d for e, d in enumerate(delta)) * options.get("global_scaling_weight", 1)
+    weight = options.get("global_scaling_weight", 1)
+    want = layer.base_layer(x) + weight * sum(own[..., e, None] * d for e, d in enumerate(delta))
     assert (y - want).abs().max() < 1e-4 and (y - layer.base_layer(x)).abs().max() > 1e-2
     if not options.get("scaling_pass_value"):
         hidden: list[Tensor] = []
@@ -189,9 +190,15 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
         model(IDS)
     base = llama()
     with pytest.raises(BadCheckpoint, match="nowhere"):
-        get_peft_model(base, config_for("xlora", adapters=folders(tmp_path, ["q_proj", "v_proj"]) | {"c": "./nowhere"}))
+        more = {"nowhere": str(tmp_path / "nowhere")}
+        get_peft_model(base, config_for("xlora", adapters=folders(tmp_path, ["q_proj", "v_proj"]) | more))
     assert not base.trimtab_groups and type(base.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     with pytest.raises(NotSupported, match="none stands"):
         get_peft_model(llama(), config_for("xlora"))
     with pytest.raises(NoMatch, match="no X-LoRA"):
         get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).get_latest_scalings()
+
+
+def test_experts_keep_their_order_in_files() -> None:
+    names = ["10", "2", "0", "law", "french"]
+    assert list(config_for("xlora", adapters=dict.fromkeys(names, "")).adapters) == ["0", "2", "10", "french", "law"]  # type: ignore[attr-defined]

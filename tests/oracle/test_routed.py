@@ -136,3 +136,97 @@ def test_arrow(settings: dict[str, Any], lora: dict[str, Any], model: str, tmp_p
             loaded.load_adapter(tmp_path / "theirs" / name, name)
         loaded.set_adapter("arrow_router")
         close(whole(loaded, model), whole(us, model), 0)
+
+
+def mixed_by_peft(model: str, adapters: dict[str, str], **options: Any) -> Any:
+    made: Any = base(model)
+    made.config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        them = peft.get_peft_model(made, peft.XLoraConfig(task_type="CAUSAL_LM", adapters=adapters, **options)).eval()
+    for n, p in sorted(them.named_parameters()):
+        if "classifier" in n:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(n)))
+    return them
+
+
+XLORAS: list[dict[str, Any]] = [
+    {"xlora_depth": 2, "xlora_size": 8},
+    {"xlora_depth": 3, "xlora_size": 8, "layerwise_scalings": True, "softmax_temperature": 0.3, "global_scaling_weight": 2.0},
+    {"xlora_depth": 2, "xlora_size": 8, "top_k_lora": 2, "enable_softmax": False, "enable_softmax_topk": True},
+    {"xlora_depth": 2, "xlora_size": 8, "scaling_pass_value": 0.5, "top_k_lora": 1, "xlora_dropout_p": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", XLORAS, ids=str)
+def test_xlora(options: dict[str, Any], tmp_path: Path) -> None:
+    adapters = {str(i): path for i, path in enumerate(experts(tmp_path, 3, lora_alpha=16))}
+    them = mixed_by_peft("llama", adapters, hidden_size=32, **options)
+    them.save_pretrained(str(tmp_path / "theirs"))
+    us = trimtab.get_peft_model(base("llama"), trimtab.XLoraConfig(task_type="CAUSAL_LM", adapters=adapters, **options)).eval()
+    given = {n.rpartition("classifier.")[2]: p for n, p in them.named_parameters() if "classifier" in n}
+    with torch.no_grad():
+        for n, p in us.named_parameters():
+            if "classifier" in n:
+                p.copy_(given[n.rpartition("classifier.")[2]])
+    want = whole(them, "llama")
+    close(whole(us, "llama"), want, 2e-5)
+    close(us.get_latest_scalings(), them.get_latest_scalings())
+    assert (want - whole(base("llama"), "llama")).abs().max() > 1e-2
+    us.save_pretrained(tmp_path / "ours")
+    same_settings(tmp_path / "ours", tmp_path / "theirs")
+    for name in adapters:
+        assert keys(tmp_path / "ours" / name) == keys(Path(adapters[name]))
+        assert any("lm_head.weight" in k for k in keys(tmp_path / "theirs" / name))  # an expert's file holds the base
+    close(whole(trimtab.PeftModel.from_pretrained(base("llama"), tmp_path / "ours"), "llama"), want, 2e-5)
+    lost = keys(tmp_path / "ours").keys() - keys(tmp_path / "theirs").keys()
+    assert lost and all(k.split(".")[-2] in adapters for k in lost)  # names of experts cut keys out of peft's file
+
+
+def test_a_classifier_file_whose_keys_are_whole_is_read_by_peft_as_by_us(tmp_path: Path) -> None:
+    adapters = {str(i): path for i, path in enumerate(experts(tmp_path, 2))}
+    options: dict[str, Any] = {"adapters": adapters, "hidden_size": 32, "xlora_depth": 2, "xlora_size": 8}
+    us = trimtab.get_peft_model(base("llama"), trimtab.XLoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    move(us, 0.5)
+    us.save_pretrained(tmp_path / "ours")
+    them = mixed_by_peft("llama", **options)
+    peft.set_peft_model_state_dict(them, peft.load_peft_weights(str(tmp_path / "ours"), device="cpu"))
+    close(whole(us, "llama"), whole(them, "llama"), 2e-5)
+
+
+def test_xlora_takes_experts_of_any_name_where_peft_takes_numbers(tmp_path: Path) -> None:
+    adapters = dict(zip(("law", "french"), experts(tmp_path, 2), strict=True))
+    with pytest.raises(KeyError, match="law"):
+        whole(mixed_by_peft("llama", adapters, hidden_size=32), "llama")
+    us = trimtab.get_peft_model(base("llama"), trimtab.XLoraConfig(task_type="CAUSAL_LM", adapters=adapters))
+    assert whole(us, "llama").shape == (2, 7, 37)
+
+
+def test_names_of_rows_go_to_every_method_where_peft_s_vera_leaves_them_unread() -> None:
+    ours, theirs = configs("vera", "llama", r=8, d_initial=0.5)
+    us, them = trimtab.get_peft_model(base("llama"), ours).eval(), quiet_peft(base("llama"), theirs)
+    move(them)
+    trimtab.set_peft_model_state_dict(us, peft.get_peft_model_state_dict(them))
+    plain = whole(base("llama"), "llama")
+    with torch.no_grad():
+        mine, theirs_ = (m(input_ids=IDS, adapter_names=["default", "__base__"]).logits for m in (us, them))
+    close(mine[0], whole(us, "llama")[0])
+    close(mine[1], plain[1])
+    assert (theirs_[1] - plain[1]).abs().max() > 1e-3  # the adapter, though the row asks for the base
+
+
+def test_names_of_rows_of_lora_are_as_peft_s() -> None:
+    ours, theirs = configs("lora", "llama", r=4)
+    us, them = trimtab.get_peft_model(base("llama"), ours), quiet_peft(base("llama"), theirs)
+    us.add_adapter("two", configs("lora", "llama", r=4)[0])
+    them.add_adapter("two", configs("lora", "llama", r=4)[1])
+    for i, name in enumerate(("default", "two")):
+        them.set_adapter(name)
+        move(them, 0.1 * (i + 1))
+        trimtab.set_peft_model_state_dict(us, peft.get_peft_model_state_dict(them, adapter_name=name), name)
+    for names in (["default", "two"], ["two", "__base__"]):
+        options: dict[str, Any] = {"input_ids": IDS, "adapter_names": names}
+        with torch.no_grad():
+            close(us.eval()(**options).logits, them.eval()(**options).logits)
+        options |= {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
+        assert torch.equal(us.generate(**options), them.generate(**options))

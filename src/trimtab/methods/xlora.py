@@ -22,7 +22,7 @@ from trimtab.methods._experts import Classifier, Experts
 class XLoraConfig(PeftConfig):
     target_modules: ClassVar[Any] = None  # the layers of the experts
     hidden_size: int | None = option(None, "width of the model's hidden states; none: read off the model")
-    adapters: dict[str, str] | None = option(None, "the experts: folder by name")
+    adapters: dict[str, str] | None = option(None, "the experts: folder by name; they count in the order of their names")
     enable_softmax: bool = option(True, "the experts' scalings of a token add up to 1")
     enable_softmax_topk: bool = option(False, "those of the top k do, instead")
     layerwise_scalings: bool = option(False, "each layer has scalings of its own")
@@ -37,6 +37,8 @@ class XLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.adapters:  # a file sorts them, and the classifier's outputs are in their order: 2 before 10, a before b
+            self.adapters = dict(sorted(self.adapters.items(), key=lambda kv: (len(kv[0]) if kv[0].isdigit() else 99, kv[0])))
         in_range("xlora_depth", self.xlora_depth, 1)
         in_range("xlora_dropout_p", self.xlora_dropout_p, 0, 1)
         if self.top_k_lora is not None:
@@ -90,7 +92,7 @@ class XLora(Adapter):
             raise NotSupported(f"X-LoRA: {self.site!r} was called by itself, and its scalings come with a forward of the model")
         p, y = self.shared.chosen(p[:, :, self.number]), base(x)
         if x.shape[: 2 if base.op.kind == "embedding" else -1] != p.shape[:2]:
-            raise NotSupported(f"X-LoRA: {self.site!r} gets {tuple(x.shape)}, not a vector for each of {tuple(p.shape[:2])} tokens")
+            raise NotSupported(f"X-LoRA: {self.site!r} gets {(*x.shape,)}, not a vector for each of {(*p.shape[:2],)} tokens")
         for e, lora in zip(self.columns, self.experts(), strict=True):
             h = base.op(lora.drop(x), lora.lora_A.weight) * p[..., e, None]
             y = y + self.cfg.global_scaling_weight * lora.s * base.op.mix(h, lora.lora_B.weight)
