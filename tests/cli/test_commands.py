@@ -21,7 +21,7 @@ from trimtab.errors import ConfigError
     ("args", "words"),
     [
         (["--help"], ["demo", "train", "chat", "merge", "methods", "sites", "data"]),
-        (["train", "--help"], ["Data", "Model", "Optimisation", "Run", "--learning_rate", "[0.0002]", "--config"]),
+        (["train", "--help"], ["Data", "Model", "Optimisation", "Run", "--learning_rate", "[0.03]", "--config"]),
         (["train"], ["Usage: trimtab train DATA..."]),
         (["data", "check", "--help"], ["--show", "--train_on", "assistant|last|all"]),
         (["sites", "--help"], ["--target_modules"]),

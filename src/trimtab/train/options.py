@@ -51,7 +51,9 @@ class TrainOptions:
     )
     num_train_epochs: float = option(1.0, "passes over the rows", group="Optimisation")
     max_steps: int = option(-1, "optimizer steps; overrides epochs", group="Optimisation")
-    learning_rate: float = option(2e-4, "peak learning rate", group="Optimisation")
+    learning_rate: float | None = option(
+        None, "peak learning rate (default: 2e-4 x 4096 / the model's width, at most 2e-3)", group="Optimisation"
+    )
     lr_scheduler_type: str = option(
         "cosine", "schedule after warm-up (linear, cosine, constant, ...)", group="Optimisation"
     )

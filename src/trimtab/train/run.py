@@ -27,6 +27,7 @@ from trimtab.train.device import Hardware, busy, pick
 from trimtab.train.folder import METRICS, PICTURE, RUN, SAMPLES, RunFolder
 from trimtab.train.options import TrainOptions
 from trimtab.train.packing import Packing
+from trimtab.train.rate import learning_rate
 from trimtab.train.record import Record
 from trimtab.train.samples import Sample
 from trimtab.train.trainer import Trainer
@@ -148,6 +149,7 @@ class _Job:
         self.bar = ProgressBar(console)
         self.samples = samples.choose(options.sample_prompts, data, renderer)
         self.packing = self._packing()
+        self.rate = options.learning_rate or learning_rate(model.config)
         self.trainer = self._trainer(hardware)
         self.main = self.trainer.is_world_process_zero()
         self.record = Record(
@@ -160,7 +162,7 @@ class _Job:
             trainable_parameters=model.get_nb_trainable_parameters()[0],
             data=data.ledger.as_dict(),
             template={"fingerprint": renderer.fingerprint, "end_of_turn": renderer.end_of_turn},
-            options=asdict(options),
+            options=asdict(options) | {"learning_rate": self.rate},
         )
 
     # ---- the trainer
@@ -207,7 +209,7 @@ class _Job:
         warmup = 0 if o.lr_scheduler_type == "constant" else int(o.warmup_ratio * steps)  # it takes none
         split = "" if self.packing else f" ({micro} at a time)"
         length = f"{len(self.data.train):,} rows, {o.batch_size} a step{split}: {steps:,} steps"
-        self.say.line("steps", f"{length}, {warmup} of warm-up, {o.lr_scheduler_type} from {o.learning_rate:g}")
+        self.say.line("steps", f"{length}, {warmup} of warm-up, {o.lr_scheduler_type} from {self.rate:g}")
         best = o.load_best_model_at_end and not o.save_steps
         return TrainingArguments(
             output_dir=str(self.path),
@@ -216,7 +218,7 @@ class _Job:
             gradient_accumulation_steps=accumulate,
             num_train_epochs=o.num_train_epochs,
             max_steps=o.max_steps,
-            learning_rate=o.learning_rate,
+            learning_rate=self.rate,
             lr_scheduler_type=o.lr_scheduler_type,
             warmup_steps=warmup,
             weight_decay=o.weight_decay,
