@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from trimtab.convert import convert_to_lora, save_as_lora
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
+    from trimtab.experts import create_arrow_model
     from trimtab.hotswap import (
         hotswap_adapter,
         hotswap_adapter_from_state_dict,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from trimtab.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
     from trimtab.inits.loftq import replace_lora_weights_loftq
     from trimtab.inits.lora_ga import preprocess_loraga
+    from trimtab.inject import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
     from trimtab.methods.lora import LoraConfig
     from trimtab.model import (
         PeftModel,
@@ -49,10 +51,7 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
         get_peft_model,
-        get_peft_model_state_dict,
-        inject_adapter_in_model,
         prepare_model_for_kbit_training,
-        set_peft_model_state_dict,
     )
     from trimtab.status import get_layer_status, get_model_status
     from trimtab.train.trainer import Trainer
@@ -69,10 +68,12 @@ _HOMES = (
     "inits.lora_ga",
     "methods.lora",
     "model",
+    "inject",
     "status",
     "convert",
     "hotswap",
     "auto",
+    "experts",
     "train.trainer",
     "cartridges",
 )
@@ -98,6 +99,7 @@ __all__ = [
     "Trainer",
     "compose_cartridge_adapters",
     "convert_to_lora",
+    "create_arrow_model",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",

@@ -26,6 +26,7 @@ class Call:
         self.tokens = False  # rows of tokens came in: inside the model they have a position axis
         self.before: tuple[dict[str, Any], int] = ({}, 0)
         self.scope: dict[str, Any] = {}  # what `generate` was called with
+        self.asked: dict[str, Any] = {}  # the arguments that are ours: adapter_names, task_ids
         self.cache: Any = None  # what the call goes on from
         self.kept: dict[str, Any] = {}  # what goes with the cache into later calls
 

@@ -116,8 +116,7 @@ def watch(model: nn.Module) -> None:
         places.append(cast(Any, model).get_encoder())
     handles = model.__dict__["trimtab_hooks"] = []
     for place in places:
-        names = list(inspect.signature(place.forward).parameters)
-        hook = partial(_enter, model, names)
+        hook = partial(_enter, model, list(inspect.signature(place.forward).parameters))
         handles.append(place.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
         handles.append(place.register_forward_hook(partial(_leave, model), always_call=True))
 
@@ -130,6 +129,10 @@ def taken(model: nn.Module) -> set[str]:
 @contextmanager
 def generating(model: nn.Module, kwargs: dict[str, Any]) -> Generator[None]:
     """Within it each forward has the arguments that `generate` had, which are taken out of `kwargs`."""
+    if any(g.live and g.adapter is None and g.kind.uncached for g in groups(model).values()):
+        if kwargs.get("use_cache"):
+            raise NotSupported("X-LoRA reads the whole text for each new token, so it has no cache: use_cache=False")
+        kwargs["use_cache"] = False
     call = calls(model)
     call.scope = {name: kwargs.pop(name) for name in taken(model) if name in kwargs}
     try:
@@ -145,22 +148,23 @@ def present(model: nn.Module) -> list[Group]:
     return [g for g in known if (g.live if rows is None else g.name in rows.names and not g.disabled)]
 
 
-def _enter(owner: nn.Module, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _enter(owner: nn.Module, fields: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call = calls(owner)
     if call.inside is not None:  # the encoder within the model's own forward
         return None
     call.inside, call.before = module, (call.values, call.number)
     call.kept = {}
     own = {k: v for k, v in kwargs.items() if k in taken(owner)}
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = dict(zip(fields, args, strict=False)) | kwargs
     if not own and not call.scope and not any(_reads(g) for g in groups(owner).values() if g.live):
         _set(call, {})
         return None
+    given = {k: v for k, v in given.items() if k not in own}
     size = _size(given)
-    given |= {k: _spread(k, v, size) for k, v in call.scope.items()} | own
+    call.asked = {k: _spread(v, size) for k, v in call.scope.items()} | own
     call.cache = next((given[n] for n in _CACHES if given.get(n) is not None), None)
     call.tokens, call.size = any(given.get(n) is not None for n in _TOKENS), size
-    asked = given.pop("adapter_names", None)
+    asked = call.asked.get("adapter_names")
     values: dict[str, Any] = {} if asked is None else {"": _rows(owner, asked, size)}
     rows = values.get("")
     for g in filter(_reads, _asked(owner, rows)):
@@ -169,7 +173,8 @@ def _enter(owner: nn.Module, names: list[str], module: nn.Module, args: tuple[An
             values[g.name] = value if rows is None else value[rows.of(g.name).to(value.device)]
     _set(call, values)
     prompts = {n for g in groups(owner).values() if g.adapter is not None and g.live for n in g.kind.takes}  # they read it
-    return args, {k: v for k, v in kwargs.items() if k not in own} | {k: given[k] for k in prompts if k in given}
+    passed = {k: v for k, v in kwargs.items() if k not in own}
+    return args, passed | {k: v for k, v in call.asked.items() if k in prompts}
 
 
 def _reads(g: Group) -> bool:
@@ -210,7 +215,7 @@ def _size(given: dict[str, Any]) -> int:
     return len(found)
 
 
-def _spread(name: str, value: Any, size: int) -> Any:
+def _spread(value: Any, size: int) -> Any:
     """One value for each row of `generate`, for each of its beams."""
     if isinstance(value, str) or not hasattr(value, "__len__") or not len(value) or size % len(value):
         return value

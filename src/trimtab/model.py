@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import trimtab.fused  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers the faster forms
-from trimtab import mixed, origin, states, store
+from trimtab import mixed, origin, scalings, states, store
 from trimtab.bounded import bounded
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
@@ -145,6 +145,8 @@ class PeftModel(Verbs):
         if config.task_type is None and config.auto_mapping is None:
             kind = cast("type[Any]", type(model))
             config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        if getattr(config, "adapters", None):
+            scalings.load_experts(self, config)
         group = groups.attach(model, config, name, full_precision=full_precision, strict=strict)
         mixed.watch(model)
         return group
@@ -203,6 +205,7 @@ class PeftModel(Verbs):
             tensors = {re.sub(pattern, new, k): v for k, v in tensors.items()}
         fresh = adapter_name not in groups.groups(model)
         if fresh:
+            config = scalings.beside(config, path)
             if whole := store.saved_whole(model, config, tensors):
                 config = replaced(config, modules_to_save=whole)
             with bounded(model, tensors, str(path)):
@@ -321,58 +324,6 @@ def get_peft_model(
         peft_config.revision = revision
     return _class_for(peft_config.task_type)(
         model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-    )
-
-
-def inject_adapter_in_model(
-    peft_config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Put an active, trainable adapter on a bare model, and return the model itself."""
-    group = groups.attach(model, peft_config, adapter_name)
-    mixed.watch(model)
-    groups.activate(model, [*groups.active(model), adapter_name], trainable=not peft_config.inference_mode)
-    if state_dict is not None:
-        store.load(model, group, state_dict)
-    return model
-
-
-def _torch_model(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, Verbs) else model
-
-
-def get_peft_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
-) -> dict[str, Tensor]:
-    """The adapter's tensors under their published keys; without the `base_model.model.` prefix for an injected model."""
-    values = (
-        {id(t): state_dict[k] for k, t in model.state_dict(keep_vars=True).items() if k in state_dict}
-        if state_dict
-        else None
-    )
-    tensors = store.state(groups.group(_torch_model(model), adapter_name), values)
-    return tensors if isinstance(model, Verbs) else {k.removeprefix(store.PREFIX): v for k, v in tensors.items()}
-
-
-def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-    strict: bool = True,
-) -> store.LoadReport:
-    """Copy published tensors into an adapter; strict as `PeftModel.load_adapter`."""
-    model = _torch_model(model)
-    return store.load(
-        model,
-        groups.group(model, adapter_name),
-        peft_model_state_dict,
-        strict=strict,
-        ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
 
 

@@ -14,9 +14,10 @@ from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
 from trimtab.core.sites import frozen
 from trimtab.errors import TrimtabWarning
+from trimtab.scalings import Scalings
 
 
-class Verbs(nn.Module):
+class Verbs(Scalings, nn.Module):
     """What can be done to a model that carries adapters. `PeftModel` and its `base_model` both have it."""
 
     def get_base_model(self) -> nn.Module:

@@ -185,7 +185,8 @@ def close(a: Tensor, b: Tensor, rtol: float) -> None:
 
 
 def layer_methods() -> list[str]:
-    return [m for m in methods() if not issubclass(load(m).adapter, ModelAdapter)]
+    """Those that a layer can carry alone; what mixes others has tests of its own in `tests/methods`."""
+    return [m for m in methods() if not issubclass(load(m).adapter, ModelAdapter) and not load(m).adapter.among]
 
 
 def prompt_methods() -> list[str]:

@@ -140,6 +140,8 @@ def _acts_on(method: Method) -> list[str]:
 
     if not issubclass(method.adapter, Adapter):
         return ["the whole model"]
+    if method.adapter.among:
+        return ["its experts' layers"]
     cfg, found = config_for(method.name, **method.small, target_modules=["layer"]), []
     for layer in (nn.Linear(8, 8), nn.Embedding(8, 8), nn.Conv2d(8, 8, 1), nn.LayerNorm(8)):
         site = Site("layer", port(layer))

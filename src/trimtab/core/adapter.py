@@ -100,6 +100,8 @@ class Adapter(nn.Module):
     starts_at_base: bool = True  # W' = W before the first step
     remembers: tuple[str, ...] = ()  # buffers that a training checkpoint holds beside what is trained
     targets: ClassVar[dict[str, list[str]] | None] = None  # default target_modules by model type, where not LoRA's
+    among: ClassVar[bool] = False  # it mixes other adapters, which stand at its sites before it (`Site.beside`)
+    uncached: ClassVar[bool] = False  # each forward reads the whole text
     takes: ClassVar[tuple[str, ...]] = ()  # arguments of forward and generate that are the method's: `task_ids`
     defaults: ClassVar[dict[str, dict[str, list[str]]]] = {}  # other fields that name targets, likewise
 
@@ -130,7 +132,7 @@ class Adapter(nn.Module):
     @classmethod
     def enter(cls, group: Group, call: Call, given: dict[str, Any]) -> Tensor | None:
         """Called when a forward of the model begins, with its arguments: what sites then read as `call.get(adapter)`, row by
-        row. Arguments of its own (`takes`) do not reach the model."""
+        row. Arguments of the method's own (`takes`) are in `call.asked` and do not reach the model."""
         return None
 
     @classmethod

@@ -29,7 +29,7 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     use_dora: bool = option(False, "DoRA: train the length of each weight row apart from its direction", variant="dora")
     use_qalora: bool = option(False, "QA-LoRA: A reads the means of groups of inputs", variant="qalora")
     alora_invocation_tokens: list[int] | None = option(None, "aLoRA", variant="alora")
-    arrow_config: dict[str, Any] | None = option(None, "Arrow", variant="arrow")
+    arrow_config: Any = option(None, "Arrow: LoRAs by token", variant="arrow", holds="methods.arrow.ArrowConfig")
     use_bdlora: Any = option(None, "BD-LoRA: a factor of blocks", variant="bdlora", holds="methods.bdlora.BdLoraConfig")
     kasa_config: Any = option(None, "KaSA: trained singular values", variant="kasa", holds="methods.kasa.KasaConfig")
     velora_config: Any = option(None, "VeLoRA: keeps less of x", variant="velora", holds="methods.velora.VeloraConfig")
