@@ -15,7 +15,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from trimtab.core.config import config_for
 from trimtab.core.group import group
 from trimtab.errors import TrainingError
-from trimtab.model import PeftModel, get_peft_model, get_peft_model_state_dict
+from trimtab.inject import get_peft_model_state_dict
+from trimtab.model import PeftModel, get_peft_model
 from trimtab.train.trainer import Trainer
 
 LEARNERS: dict[str, tuple[float, dict[str, Any]]] = {

@@ -16,12 +16,7 @@ from trimtab.core.config import in_range, option
 from trimtab.errors import ConfigError
 from trimtab.inits import _calibrate as data
 from trimtab.inits._ranks import (
-    PREFIX,
-    Seen,
-    forward_fn_dict,
-    prepare_layer_inputs_fn_language_modeling,
-    prepare_model_inputs_fn_language_modeling,
-    spread,
+    PREFIX, Seen, forward_fn_dict, prepare_layer_inputs_fn_language_modeling, prepare_model_inputs_fn_language_modeling, spread,
 )  # fmt: skip
 from trimtab.inits._start import init
 from trimtab.inits.kaiming import Kaiming
