@@ -100,8 +100,7 @@ def _loras(group: Group) -> Iterator[tuple[str, LoRA]]:
 def _fit(group: Group, path: str, lora: LoRA, config: Any, given: dict[str, Tensor]) -> float:
     """The scale of the new LoRA on a layer. Its tensors in `given` become as large as those that are there."""
     layer = group.layers[path]
-    site = Site(path, port(frozen(layer)))
-    rank, scale = site.pick(config.rank_pattern, config.r), LoRA.scale(config, site)
+    rank, scale = LoRA.scale(config, Site(path, port(frozen(layer))))
     here, parts = lora.lora_A.weight.shape[0], lora.op.groups
     for name, dim in (("A", 0), ("B", 1)):
         for key in (f"{store.PREFIX}{path}.lora_{name}.weight", f"{store.PREFIX}{path}.lora_embedding_{name}"):

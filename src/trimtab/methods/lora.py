@@ -83,15 +83,15 @@ class LoRA(Started):
         ones = [1] * (len(fan_in) - 1)  # the file has B as a convolution where A is one
         self.lora_B = Factor(out, r // self.op.groups, *ones, bias=out if cfg.lora_bias else None)  # (out, r / groups)
         self.drop = nn.Dropout(cfg.lora_dropout) if site.kind != "embedding" else nn.Identity()  # ids cannot be dropped
-        self.s = self.scale(cfg, site)
         if site.kind == "embedding":
             self.names = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
         self.begin(cfg, site)
 
     @staticmethod
-    def scale(cfg: LoraConfig, site: Site) -> float:
+    def scale(cfg: LoraConfig, site: Site) -> tuple[int, float]:
+        """r and s"""
         r = site.pick(cfg.rank_pattern, cfg.r)
-        return site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
+        return r, site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
 
     def moved(self, w: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """W + s B A. A variant puts its own factors in."""
