@@ -124,7 +124,6 @@ def test_unknown_keys_of_a_config(folder: Path) -> None:
     "field",
     [
         {"megatron_config": {"tensor_model_parallel_size": 2}},
-        {"target_parameters": ["weight"]},
     ],
     ids=str,
 )
