@@ -146,7 +146,8 @@ class Delta:
 
 def _factors(adapter: Adapter, D: Tensor) -> tuple[Tensor, Tensor] | None:
     """B (out, r) and A (r, in * kernel) of a plain LoRA, if they say all that the adapter does."""
-    for lora in (m for m in adapter.modules() if type(m) is LoRA):
+    plain: list[Any] = [m for m in adapter.modules() if type(m) is LoRA]
+    for lora in plain:
         B, A = lora.s * lora.lora_B.weight.flatten(1).to(D), lora.lora_A.weight.flatten(1).to(D)
         if lora.op.groups == 1 and (B @ A - D).norm() <= 1e-6 * D.norm():
             return B, A
