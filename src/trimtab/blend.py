@@ -146,7 +146,8 @@ class Delta:
 
 def _factors(adapter: Adapter, D: Tensor) -> tuple[Tensor, Tensor] | None:
     """B (out, r) and A (r, in * kernel) of a plain LoRA, if they say all that the adapter does."""
-    for lora in (m for m in adapter.modules() if type(m) is LoRA):
+    plain: list[Any] = [m for m in adapter.modules() if type(m) is LoRA]
+    for lora in plain:
         A, B = (t.to(D) for t in lora.factors())
         A, B = A.flatten(1), lora.s * B.flatten(1)
         if lora.op.groups == 1 and (B @ A - D).norm() <= 1e-6 * D.norm():

@@ -161,24 +161,29 @@ def prepare_model_for_compiled_hotswap(
     found = [(group, path, lora) for group in known for path, lora in _loras(group)]
     if not found:
         raise NoMatch("the model carries no LoRA: load the first one, then prepare, then compile")
-    for _, path, lora in found if target_rank is not None else ():
-        here, parts = lora.lora_A.weight.shape[0], lora.op.groups
-        if target_rank < here or target_rank % parts:  # type: ignore[operator]
-            why = f"its {parts} groups do not divide it" if target_rank % parts else f"it has rank {here}"  # type: ignore[operator]
-            raise ConfigError(f"target_rank={target_rank} does not go on {path!r}: {why}")
+    if target_rank is not None:
+        _pad([(path, lora) for _, path, lora in found], target_rank)
     for _, _, lora in found:
-        if target_rank is not None:
-            for name, dim in (("lora_A", 0), ("lora_B", 1)):
-                weight = getattr(lora, name).weight
-                weight.data = _padded(weight.data, dim, target_rank, lora.op.groups)
         if not isinstance(lora.s, Tensor):
             scale = torch.tensor(float(lora.s), dtype=lora.lora_A.weight.dtype, device=lora.lora_A.weight.device)
             del lora.s
             lora.register_buffer("s", scale, persistent=False)
     for group in {id(g): g for g, _, _ in found}.values():
         group.config = _described(group, group.config)
-    for cfg in (config.values() if isinstance(config, dict) else [config]) if config and target_rank else ():
-        cfg.r, cfg.rank_pattern = target_rank, dict.fromkeys(cfg.rank_pattern, target_rank)
+    if config is not None and target_rank is not None:
+        for cfg in config.values() if isinstance(config, dict) else [config]:
+            cfg.r, cfg.rank_pattern = target_rank, dict.fromkeys(cfg.rank_pattern, target_rank)
+
+
+def _pad(found: list[tuple[str, LoRA]], rank: int) -> None:
+    for path, lora in found:
+        here, parts = lora.lora_A.weight.shape[0], lora.op.groups
+        if rank < here or rank % parts:
+            why = f"its {parts} groups do not divide it" if rank % parts else f"it has rank {here}"
+            raise ConfigError(f"target_rank={rank} does not go on {path!r}: {why}")
+    for _, lora in found:
+        for factor, dim in ((lora.lora_A, 0), (lora.lora_B, 1)):
+            factor.weight.data = _padded(factor.weight.data, dim, rank, lora.op.groups)
 
 
 # -- scale ------------------------------------------------------------------------------------------------------------

@@ -45,10 +45,11 @@ def _conv1d() -> nn.Module:
 
 
 def _four_bit() -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    layer = Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
-    layer.weight = Params4bit(0.1 * torch.randn(32, 64), requires_grad=False, quant_type="nf4")._quantize("cpu")
+    layer: Any = Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+    weight: Any = Params4bit
+    layer.weight = weight(0.1 * torch.randn(32, 64), requires_grad=False, quant_type="nf4")._quantize("cpu")
     return layer.requires_grad_(False)
 
 
@@ -221,7 +222,7 @@ def _count(method: Method, cfg: Any, layer: nn.Module) -> int:
 def _around(method: Method) -> int | None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(hidden_size=WIDTH, intermediate_size=WIDTH, num_attention_heads=32, num_key_value_heads=32)
+    sizes: dict[str, Any] = dict(hidden_size=WIDTH, intermediate_size=WIDTH, num_attention_heads=32, num_key_value_heads=32)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=64, **sizes))
     more = {"num_virtual_tokens": 20} if "num_virtual_tokens" in {f.name for f in dataclasses.fields(method.config)} else {}
