@@ -17,8 +17,9 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"files", "headers", "typed"},
     {"core"},
-    {"bases", "methods", "inits"},
-    {"fused", "store", "blend", "origin", "bounded"},
+    {"bases", "inits"},
+    {"methods"},  # LoRA starts by an init
+    {"fused", "store", "blend", "optim", "origin", "bounded"},
     {"verbs"},
     {"status"},
     {"model"},

@@ -1,7 +1,7 @@
 """trimtab: fine-tune a large frozen model with a small trained part.
 
-Everything public is in `__all__`, and beside it the config class of every method: the files of `methods/` are looked through
-for it, so that a new method is known here by being there.
+Everything public is in `__all__`, and beside it the config class of every method and initialisation: the files of `methods/`
+and `inits/` are looked through for it, so that a new one is known here by being there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
+    from trimtab.inits.corda import preprocess_corda
+    from trimtab.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from trimtab.inits.loftq import replace_lora_weights_loftq
+    from trimtab.inits.lora_ga import preprocess_loraga
     from trimtab.methods.lora import LoraConfig
     from trimtab.model import (
         PeftModel,
@@ -46,6 +50,10 @@ __version__ = "0.1.0"
 # `trimtab --help` needs neither.
 _HOMES = (
     "core.config",
+    "inits.corda",
+    "inits.eva",
+    "inits.loftq",
+    "inits.lora_ga",
     "methods.lora",
     "model",
     "status",
@@ -72,13 +80,18 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "Trainer",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
 ]
 
@@ -94,7 +107,8 @@ def _homes(name: str) -> Iterator[ModuleType]:
     if name in __all__:
         yield from (importlib.import_module(f"trimtab.{home}") for home in _HOMES)
     elif name.endswith("Config") and not name.startswith("_"):
-        modules = importlib.import_module("trimtab.core.config").modules()
+        find = importlib.import_module("trimtab.core.config").modules
+        modules = [*find(), *find("trimtab.inits")]
         stem = name.removesuffix("Config").lower()
         for module in sorted(modules, key=lambda m: m.rpartition(".")[2].replace("_", "") != stem):  # likeliest first
             yield importlib.import_module(module)

@@ -243,10 +243,13 @@ def save(path: Path, group: Group, values: Mapping[int, Tensor] | None = None) -
             raise BadCheckpoint(
                 f"{key} has no values here (its weights are sharded or on another device); nothing was written"
             )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BadCheckpoint(f"{key} holds values that are not finite; nothing was written")
         tensors[key] = tensor.clone() if tensor.data_ptr() in seen else tensor  # the format refuses shared memory
         seen.add(tensor.data_ptr())
     write(path / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    group.config.save_pretrained(path)
+    config = group.config if group.adapter is not None else method_of(group.config).adapter.filed(group)
+    config.save_pretrained(path)
     for key, value in read(path).items():
         if not torch.equal(value.view(torch.uint8), tensors.pop(key).view(torch.uint8)):
             raise BadCheckpoint(f"{path / WEIGHTS_FILE}: {key} reads back differently; the disk or memory is failing")

@@ -29,11 +29,13 @@ def stemmed(n: int, seed: int = 0) -> list[tiny.Example]:
 
 
 def packed(folder: Path, examples: Any, model: Any = None, *, share: bool = True, most: int | None = None,
-           tokens: int = 1024, evaluated: Any = None, callbacks: Any = (), **over: Any) -> Trainer:  # fmt: skip
+           tokens: int = 1024, evaluated: Any = None, callbacks: Any = (), stop_after: int = 1,
+           **over: Any) -> Trainer:  # fmt: skip
     model = model if model is not None else tiny.adapted()
     return Trainer(
         model=model, args=tiny.arguments(folder, **over), train_dataset=examples, eval_dataset=evaluated,
         data_collator=Together(), packing=Packing(Engine(model), tokens, rows=most, share=share), callbacks=[*callbacks],
+        stop_after_nonfinite=stop_after,
     )  # fmt: skip
 
 

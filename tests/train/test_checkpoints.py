@@ -73,9 +73,8 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(tmp_path: Path) -> None
         "adapter_model.safetensors",
         checkpoint.TENSORS,
         checkpoint.RECORD,
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
+        "optimizer.safetensors",
+        "rank_0.json",
         checkpoint.STATE,
     }
     assert not (folder / "model.safetensors").exists()
@@ -109,7 +108,7 @@ def test_resuming_with_another_adapter_is_refused(tmp_path: Path) -> None:
 def test_only_whole_checkpoints_are_found(tmp_path: Path) -> None:
     run(tmp_path, stop=4)
     assert checkpoint.to_resume("last", tmp_path).name == "checkpoint-4"
-    (tmp_path / "checkpoint-4" / checkpoint.STATE).unlink()
+    (tmp_path / "checkpoint-4" / checkpoint.RECORD).unlink()
     assert checkpoint.to_resume("last", tmp_path).name == "checkpoint-2"
     with pytest.raises(ConfigError, match=r"not a complete checkpoint folder. Checkpoints of .*: checkpoint-2"):
         checkpoint.to_resume(str(tmp_path / "checkpoint-4"), tmp_path)

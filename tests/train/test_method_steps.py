@@ -14,10 +14,15 @@ from transformers import BertConfig, BertForSequenceClassification
 from trimtab.core.config import config_for
 from trimtab.core.group import group
 from trimtab.errors import TrainingError
-from trimtab.model import PeftModel, get_peft_model
+from trimtab.model import PeftModel, get_peft_model, get_peft_model_state_dict
 from trimtab.train.trainer import Trainer
 
 LEARNERS: dict[str, tuple[float, dict[str, Any]]] = {
+    "bdlora": (2e-2, {"use_bdlora": {"target_modules_bd_a": ["down"], "target_modules_bd_b": ["q_", "v_"], "nblocks": 2}}),
+    "kasa": (2e-2, {"kasa_config": {"beta": 0.0, "gamma": 0.0}}),
+    "monteclora": (2e-2, {"monteclora_config": {"kl_loss_weight": 0.0}}),
+    "qalora": (2e-2, {"qalora_group_size": 4}),
+    "velora": (2e-2, {"velora_config": {"num_groups": 4}}),
     "adalora": (2e-2, {"total_step": 8, "init_r": 6, "target_r": 4, "orth_reg_weight": 0.0}),
     "adamss": (2e-2, {"r": 8, "subspace_rank": 2}),
     "deft": (5e-3, {"r": 4}),
@@ -119,6 +124,40 @@ def test_a_budget_is_resumed_bit_for_bit(tmp_path: Path, method: str) -> None:
     assert kept(resumed.model, method) == kept(whole.model, method)
     for name, tensor in tiny.tensors(whole.model).items():
         assert torch.equal(tensor, tiny.tensors(resumed.model)[name]), name
+
+
+SEEN: dict[str, dict[str, Any]] = {  # what a run draws, and what it has seen, is part of its state
+    "monteclora": {"monteclora_config": {"sample_scaler": 0.1, "kl_loss_weight": 0.01}, "lora_dropout": 0.2},
+    "velora": {"velora_config": {"num_groups": 4, "init_type": "batch_average_once"}},
+}
+
+
+@pytest.mark.parametrize("method", SEEN)
+def test_noise_and_estimates_are_resumed_bit_for_bit(tmp_path: Path, method: str) -> None:
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = run(tmp_path / "whole", adapted(method, **SEEN[method]), **saving)
+    run(tmp_path / "part", adapted(method, **SEEN[method]), stop=3, **saving)
+    torch.manual_seed(99)
+    again = adapted(method, **SEEN[method])
+    resumed = run(tmp_path / "part", again, resume=tmp_path / "part" / "checkpoint-3", **saving)
+    assert tiny.losses(resumed) == tiny.losses(whole)
+    for key, tensor in get_peft_model_state_dict(whole.model).items():
+        assert torch.equal(tensor, get_peft_model_state_dict(resumed.model)[key]), key
+
+
+def test_penalties_of_variants_are_in_the_loss_by_themselves(tmp_path: Path) -> None:
+    model = adapted("kasa", kasa_config={"beta": 0.01, "gamma": 0.1})
+    penalty = group(model.get_base_model(), "default").penalty()
+    with torch.no_grad():
+        expected = tiny.one_by_one(model.eval(), tiny.rows(8)) + penalty
+    assert penalty > 1
+    found = tiny.losses(run(tmp_path / "kasa", model.train(), max_steps=2, learning_rate=1e-2))
+    assert found[0] == pytest.approx(expected.item(), abs=1e-4)
+    model = adapted("monteclora", monteclora_config={"kl_loss_weight": 1.0})
+    size = lambda: sum(p.square().sum().item() for n, p in model.named_parameters() if n.endswith("std_prior"))  # noqa: E731
+    before = size()
+    run(tmp_path / "monteclora", model, max_steps=6, learning_rate=5e-2)
+    assert size() < 0.7 * before  # towards the prior, exp(0) = 1
 
 
 def test_a_budget_that_is_told_too_late_says_so() -> None:

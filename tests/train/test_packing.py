@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_saves_nothing(tmp_path: Pa
         e.input_ids[1:] = [min(t, 59) for t in e.input_ids[1:]]
         e.input_ids[0] = 60 if e in (examples[10], examples[13]) else 5
     tiny.embedding(model).weight.data[60] = float("nan")
-    with pytest.raises(TrainingError, match=r"step 2: the loss is not finite for rows.jsonl:11, rows.jsonl:14 \(2 of the 8"):
+    with pytest.raises(TrainingError, match=r"step 2: the loss .* for rows.jsonl:11, rows.jsonl:14 \(2 of the step's 8"):
         trained(tmp_path, examples, model, per_device_train_batch_size=8, gradient_accumulation_steps=1,
                 save_strategy="steps", save_steps=2)  # fmt: skip
     assert not [*tmp_path.iterdir()]

@@ -16,10 +16,14 @@ from trimtab.model import get_peft_model
 from trimtab.train.trainer import Trainer
 
 
-def trained(folder: Path, examples: list[Any], model: Any = None, **over: Any) -> Trainer:
+def trained(folder: Path, examples: list[Any], model: Any = None, *, stop_after: int = 1, **over: Any) -> Trainer:
     model = model if model is not None else tiny.adapted()
     trainer = Trainer(
-        model=model, args=tiny.arguments(folder, **over), train_dataset=examples, data_collator=tiny.collate
+        model=model,
+        args=tiny.arguments(folder, **over),
+        train_dataset=examples,
+        data_collator=tiny.collate,
+        stop_after_nonfinite=stop_after,
     )
     trainer.train()
     return trainer
@@ -115,7 +119,7 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_saves_nothing(tmp_path: Pa
         e.input_ids[1:] = [min(t, 59) for t in e.input_ids[1:]]
         e.input_ids[0] = 60 if e is examples[10] else 5
     tiny.embedding(model).weight.data[60] = float("nan")
-    with pytest.raises(TrainingError, match=r"step 2: the loss is not finite for rows.jsonl:11 \(1 of the 4 rows"):
+    with pytest.raises(TrainingError, match=r"step 2: the loss is not finite for rows.jsonl:11 \(1 of the step's 8 rows\)"):
         trained(tmp_path, examples, model, save_strategy="steps", save_steps=2)
     assert not [*tmp_path.iterdir()]
 

@@ -57,12 +57,25 @@ def _one(name: str, out: Console) -> None:
     equation, papers = formula(method.adapter)
     about = "\n".join([equation, *(f"https://arxiv.org/abs/{paper}" for paper in papers)])
     ours = adapter_options(TrainOptions(adapter=method.name))
+    options = _options_of(method)
     rows = [row(f, hint, ours) for f, hint in own_fields(method.name) if f.name != method.switch]
+    if method.switch and options:
+        rows.insert(0, help.option(method.switch, dict, f"a mapping of {options}", None))
     usage = f"trimtab train DATA --model MODEL --adapter {method.name} [OPTIONS]"
     if method.switch:
         kind = method.config.peft_type.lower()
-        usage = f"trimtab train DATA --model MODEL --adapter {method.name} (or: --adapter {kind} --{method.switch})"
+        switch = f"--{method.switch} {{...}}" if options else f"--{method.switch}"
+        usage = f"trimtab train DATA --model MODEL --adapter {method.name} (or: --adapter {kind} {switch})"
     help.page(out, usage, about, {f"Options of {method.name}": rows})
+
+
+def _options_of(method: Method) -> str:
+    """Of a variant whose switch holds options of its own: their names and defaults."""
+    from trimtab.core.config import config_for
+
+    held = getattr(config_for(method.name), method.switch or "", None)
+    fields = dataclasses.fields(held) if dataclasses.is_dataclass(held) else ()
+    return ", ".join(f"{f.name} ({f.metadata['help']}) [{getattr(held, f.name)}]" for f in fields)
 
 
 def own_fields(name: str) -> list[tuple[dataclasses.Field[Any], Any]]:

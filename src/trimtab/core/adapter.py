@@ -17,6 +17,7 @@ from trimtab.core.base import Base
 from trimtab.errors import NotSupported
 
 if TYPE_CHECKING:
+    from trimtab.core.config import PeftConfig
     from trimtab.core.group import Group
 
 T = TypeVar("T")
@@ -74,6 +75,12 @@ class Factor(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None if bias is None else nn.Parameter(torch.zeros(bias)))
 
+    def freeze(self) -> None:
+        """The weight stays as it is: saved and merged, and nobody's to train."""
+        weight = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", weight)
+
 
 class Adapter(nn.Module):
     """One method at one site. Override `weight` (and `bias`); override `forward` only to be faster.
@@ -85,7 +92,7 @@ class Adapter(nn.Module):
     names: dict[str, str] = {}  # own state_dict prefix -> published prefix, where the two differ
     additive: bool = False  # W' - W does not depend on W, so the order in a stack does not matter
     routed: bool = False  # what it does depends on the input: `weight` and `bias` raise `NotMergeable`
-    noisy: ClassVar[bool] = False  # training draws random numbers; in eval mode it is the definition
+    noisy: ClassVar[bool] = False  # training draws random numbers, or estimates gradients; in eval mode it is the definition
     starts_at_base: bool = True  # W' = W before the first step
     remembers: tuple[str, ...] = ()  # buffers that a training checkpoint holds beside what is trained
     targets: ClassVar[dict[str, list[str]] | None] = None  # default target_modules by model type, where not LoRA's
@@ -132,6 +139,11 @@ class Adapter(nn.Module):
     @classmethod
     def unpack(cls, group: Group, tensors: Tensors) -> Tensors:
         return tensors
+
+    @classmethod
+    def filed(cls, group: Group) -> PeftConfig:
+        """The config that stands beside what `pack` gives."""
+        return group.config
 
     def published(self, key: str) -> str:
         """The name in the file of this adapter's own tensor `key`."""

@@ -36,7 +36,7 @@ class TaskType(str, Enum):
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to;
-    `choices`: values that the contract tries, beside true and false."""
+    `choices`: values that the contract tries, beside true and false; `holds`: where the class stands whose options it is."""
     make: Any = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"help": help, **more})
 
@@ -58,11 +58,16 @@ class PeftConfig:
             self.task_type = one_of(
                 "task_type", getattr(self.task_type, "value", self.task_type), [t.value for t in TaskType]
             )
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if "holds" in f.metadata and value is not None and value is not False:
+                setattr(self, f.name, _held(f.name, value, f.metadata["holds"]))
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         sets: dict[str, set[str]] = {k: v for k, v in values.items() if isinstance(v, set)}
-        return {"peft_type": self.peft_type} | values | {k: sorted(v) for k, v in sets.items()}
+        nested = {k: dataclasses.asdict(cast(Any, v)) for k, v in values.items() if dataclasses.is_dataclass(v)}
+        return {"peft_type": self.peft_type} | values | nested | {k: sorted(v) for k, v in sets.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`: keys sorted, `inference_mode` true, so that loading gives a frozen adapter."""
@@ -106,6 +111,19 @@ class PeftConfig:
         return config
 
 
+def _held(name: str, value: Any, place: str) -> Any:
+    """The options that a field holds: an object of the class at `place`, from a dict, or from true: all as they are."""
+    module, _, kind = place.rpartition(".")
+    cls: Any = getattr(importlib.import_module(f"trimtab.{module}"), kind)
+    given: Any = {} if value is True else value
+    if not isinstance(given, (dict, cls)):
+        raise ConfigError(f"{name}={value!r}: it is a {kind}, or a mapping of its options")
+    names = [f.name for f in fields(cls)]
+    if unknown := [k for k in cast("dict[str, Any]", given) if k not in names] if isinstance(given, dict) else []:
+        raise ConfigError(f"{name} has no option {unknown[0]!r}.{nearest(unknown[0], names)} It has: {', '.join(names)}")
+    return cls(**given) if isinstance(given, dict) else given
+
+
 def default_like(value: Any) -> bool:
     """Null, false, empty, or a dict of such: a key from another version with such a value says nothing."""
     if isinstance(value, dict):
@@ -146,6 +164,11 @@ class Excludes(PeftConfig):
 class Layers(PeftConfig):
     layers_to_transform: list[int] | int | None = option(None, "only these layer numbers")
     layers_pattern: list[str] | str | None = option(None, "name of the list of layers, where it is not found")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts: give both")
 
 
 @dataclass(kw_only=True)
@@ -211,9 +234,9 @@ def load(name: str) -> Method:
     return _methods[key]
 
 
-def modules() -> list[str]:
-    """The modules of all methods."""
-    places = [(p, importlib.import_module(p).__path__) for p in ("trimtab.methods", "trimtab.methods.prompt")]
+def modules(*packages: str) -> list[str]:
+    """The modules of all methods, or of these packages."""
+    places = [(p, importlib.import_module(p).__path__) for p in packages or ("trimtab.methods", "trimtab.methods.prompt")]
     found = [(package, module) for package, path in places for module in pkgutil.iter_modules(path)]
     return [f"{package}.{m.name}" for package, m in found if not m.ispkg and not m.name.startswith("_")]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trimtab.errors import TrainingError
+from trimtab.errors import TrainingError, TrimtabWarning
 
+OFTEN, SELDOM = 10, 50  # tensors that have not changed are looked at in each of the first steps, then now and then
 NOTICEABLE = 1e-6  # gradients below this may move a weight by less than its rounding
 
 
@@ -41,51 +43,65 @@ def some_labels(examples: Iterable[Any]) -> None:
 
 def of(example: Any, field: str) -> Any:
     """A field of an example: of a row of a plain dataset, or of `trimtab.data.Example`."""
-    return example.get(field) if isinstance(example, Mapping) else getattr(example, field)
+    return example.get(field) if isinstance(example, Mapping) else getattr(example, field, None)
 
 
 class StepAudit(TrainerCallback):
-    """At step 1 every trainable tensor has received a finite gradient, and the first step that has a learning rate
-    changes every tensor whose gradient is not zero (zero is right where a method starts with a zero factor)."""
+    """At step 1 every trainable tensor has received a finite gradient. Each is watched until it has changed: the first step
+    with a learning rate and a gradient that is not zero must do that (zero is right where a method starts with a zero
+    factor). Those that a whole run left as they were are named at its end."""
 
-    def __init__(self) -> None:
-        self.first = True
-        self.before: dict[str, Tensor] | None = None
-        self.done = False
+    def __init__(self, skipped: Callable[[], bool] = lambda: False) -> None:
+        self.skipped = skipped  # whether the step at hand is not taken
+        self.first, self.steps = True, 0
+        self.waiting: dict[str, Tensor] = {}  # tensors that have not changed yet, as they were
+        self.moved: list[str] = []  # those of them that this step must change
+        self.reached: set[str] = set()  # those that ever had a gradient, zero or not
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any
     ) -> None:
-        if self.done:
+        if self.skipped() or not (self.first or self.waiting):
             return
         tensors = trainable(now["model"])
         if self.first:
             _received(tensors, resumed=state.global_step > 0)
+            self.waiting = {name: p.detach().clone() for name, p in tensors.items()}
             self.first = False
-        if min(group["lr"] for group in now["optimizer"].param_groups) > 0:  # warm-up may begin at zero
-            self.before = {
-                name: p.detach().clone()
-                for name, p in tensors.items()
-                if p.grad is not None and _largest(p.grad) > NOTICEABLE
-            }
+        self.steps += 1
+        self.moved = []
+        if self._look() and min(group["lr"] for group in now["optimizer"].param_groups) > 0:  # warm-up may begin at zero
+            with_grad = {name: p.grad for name in self.waiting if (p := tensors[name]).grad is not None}
+            self.reached |= with_grad.keys()
+            self.moved = [name for name, grad in with_grad.items() if _largest(grad) > NOTICEABLE]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any
     ) -> None:
-        if self.before is None:
+        if self.skipped() or not (self.waiting and self._look()):
             return
-        skipped = getattr(now["optimizer"], "step_was_skipped", False)  # a float16 scaler looks for its scale
         tensors = trainable(now["model"])
-        stuck = (
-            [] if skipped else [name for name, old in self.before.items() if torch.equal(old, tensors[name].detach())]
-        )
-        self.before, self.done = None, not skipped
+        still = {name: old for name, old in self.waiting.items() if torch.equal(old, tensors[name].detach())}
+        taken = not getattr(now["optimizer"], "step_was_skipped", False)  # a float16 scaler looks for its scale
+        stuck = [name for name in self.moved if taken and name in still]
+        self.waiting = still
         if stuck:
             dtypes = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in stuck}))
             raise TrainingError(
                 f"after an optimizer step {_named(stuck)} had not changed ({dtypes}), though the gradient is not zero. "
                 f"Either the optimizer does not hold them, or the learning rate is below what {dtypes} can resolve"
             )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        idle = [name for name in self.waiting if name in self.reached]
+        if idle and self.steps >= OFTEN:
+            warnings.warn(
+                f"{_named(idle)} did not change in {self.steps} steps: their gradient was zero. Nothing that was trained "
+                f"goes through them", TrimtabWarning
+            )  # fmt: skip
+
+    def _look(self) -> bool:
+        return self.steps <= OFTEN or self.steps % SELDOM == 0
 
 
 def _received(tensors: dict[str, nn.Parameter], *, resumed: bool) -> None:

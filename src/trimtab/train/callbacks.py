@@ -15,6 +15,7 @@ from trimtab.files import write_text
 
 STEP = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "epoch")
 EVAL = ("eval_loss", "eval_supervised_tokens", "epoch")
+SKIPPED = ("skipped_rows", "epoch")
 LINES = 20  # about so many lines a run where there is no terminal
 
 
@@ -32,7 +33,7 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        names = STEP if "loss" in logs else EVAL if "eval_loss" in logs else None
+        names = STEP if "loss" in logs else EVAL if "eval_loss" in logs else SKIPPED if "skipped_rows" in logs else None
         if names and state.is_world_process_zero:
             line = {"step": state.global_step} | {name: logs[name] for name in names if name in logs}
             with self.path.open("a", encoding="utf-8") as file:
@@ -40,11 +41,17 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last one that a kill cut short is left out."""
+    """The lines of a `metrics.jsonl` up to one that a kill, or a machine that went off, left broken."""
     if not path.exists():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    found = []
+    for line in whole:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 class ProgressBar(TrainerCallback):

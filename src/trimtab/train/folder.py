@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab import origin
 from trimtab.data import Renderer
-from trimtab.files import write_text
+from trimtab.files import sync, write, write_text
 from trimtab.train.talks import check_saved
 
 METRICS, PICTURE, SAMPLES, RUN = "metrics.jsonl", "loss.png", "samples.jsonl", "run.json"
@@ -22,10 +22,14 @@ class RunFolder:
         self.path = path
         self.made = [f for f in (path, *path.parents) if not f.exists()]
         self.aside: Path | None = None
+        self.resumed = False
+        self.record: bytes | None = None  # of a run that is continued: its run.json as it was
 
     def open(self, *, resume: bool) -> str | None:
         """Make the folder. Results and checkpoints of an earlier run move into a folder inside it; the line says so."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self.resumed = resume
+        self.record = (self.path / RUN).read_bytes() if resume and (self.path / RUN).is_file() else None
         old = [] if resume else self._results()
         if not old:
             return None
@@ -40,6 +44,10 @@ class RunFolder:
         return [f for f in sorted(self.path.iterdir()) if f.name in RESULTS or f.name.startswith("checkpoint-")]
 
     def undo(self) -> None:
+        if self.resumed:  # all but the record is that of the run that was to be continued
+            if self.record is not None:
+                write(self.path / RUN, lambda path: path.write_bytes(self.record or b""))
+            return
         for file in self._results():
             shutil.rmtree(file) if file.is_dir() else file.unlink()
         if self.aside is not None:
@@ -59,7 +67,9 @@ class RunFolder:
         renderer.tokenizer.save_pretrained(partial)
         check_saved(partial, renderer)
         for file in sorted(partial.iterdir()):
+            sync(file)
             file.replace(self.path / file.name)
+        sync(self.path)
         partial.rmdir()
 
     def write(self, name: str, text: str) -> None:

@@ -60,7 +60,14 @@ class TrainOptions:
     warmup_ratio: float = option(0.03, "share of the steps that warm up", group="Optimisation")
     weight_decay: float = option(0.0, "decoupled weight decay", group="Optimisation")
     max_grad_norm: float = option(1.0, "clip the gradient's norm; 0: never", group="Optimisation")
-    optim: str = option("adamw_torch_fused", "optimizer, a name of transformers", group="Optimisation")
+    optim: str = option(
+        "adamw_torch_fused", "optimizer: loraplus, lorafa, riemannian, or a name of transformers", group="Optimisation"
+    )
+    loraplus_lr_ratio: float | None = option(None, "loraplus: how much faster B learns (default: 16)", group="Optimisation")
+    loraplus_lr_embedding: float | None = option(
+        None, "loraplus: learning rate of adapters on embeddings (default: 1e-6)", group="Optimisation"
+    )
+    riemannian_reg: float | None = option(None, "riemannian: damping (default: 0.01)", group="Optimisation")
     seed: int = option(42, "of everything random", group="Run")
     # run
     logging_steps: int = option(1, "steps between lines of metrics.jsonl", group="Run")
@@ -70,9 +77,15 @@ class TrainOptions:
     early_stopping_patience: int | None = option(
         None, "stop after this many evaluations without a better loss", group="Run"
     )
+    stop_after_nonfinite: int = option(
+        3, "steps in a row whose loss or gradient is not finite that end the run; 1: the first", group="Run"
+    )
     load_best_model_at_end: bool = option(False, "keep the adapter with the lowest validation loss", group="Run")
     report_to: list[str] = option(list, "loggers of transformers: tensorboard, wandb, ...", group="Run")
     resume_from_checkpoint: str | None = option(None, "continue from a checkpoint folder, or `last`", group="Run")
+    verify_resume: bool = option(
+        False, "first show on a few steps of this run that resuming it gives the same bytes", group="Run"
+    )
     sample_prompts: list[str] = option(list, "prompts answered before and after (default: a few rows)", group="Run")
     # the adapter's own fields, by their published names
     adapter_options: dict[str, Any] = option(dict, "r, lora_alpha, target_modules, ...", group="Adapter")

@@ -34,6 +34,7 @@ class Record:
     tokens_seen: int = 0
     tokens_computed: int = 0
     supervised_tokens: int = 0
+    skipped_steps: int = 0  # whose loss or gradient was not finite
     train_seconds: float = 0.0
     tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0

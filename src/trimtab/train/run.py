@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from trimtab.data import Prepared, Renderer, prepare
 from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
-from trimtab.model import PeftModel, checkpoint_activations, get_peft_model
-from trimtab.train import batches, checkpoint, layouts, load, picture, samples, talks
+from trimtab.model import PeftModel, checkpoint_activations
+from trimtab.train import batches, checkpoint, layouts, load, low_rank, picture, samples, talks
 from trimtab.train.audits import trainable
 from trimtab.train.batches import Together
 from trimtab.train.callbacks import MetricsFile, ProgressBar, clock, read_metrics
@@ -31,6 +32,7 @@ from trimtab.train.rate import learning_rate
 from trimtab.train.record import Record
 from trimtab.train.samples import Sample
 from trimtab.train.trainer import Trainer
+from trimtab.train.verify import verify
 
 
 @dataclass
@@ -49,6 +51,13 @@ def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
     """Check, read, load, train, evaluate, write. What can be known before step 1 is an error before it."""
     console = (console or Console()) if batches.rank() == 0 else Console(quiet=True)
     check(options)
+    if options.verify_resume:
+        verify(options, _Teller(console).line)
+    return job(options, console).run()
+
+
+def job(options: TrainOptions, console: Console) -> Job:
+    """Everything read, loaded and told: a run that has only to be started."""
     hardware = pick(options.dtype)
     if hardware.device.type == "cpu":
         keep_freed()
@@ -60,9 +69,9 @@ def run(options: TrainOptions, *, console: Console | None = None) -> RunResult:
     tokenizer = load.load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     renderer, data = _data(options, tokenizer, say)
     set_seed(options.seed)  # before the adapter is created: its start is part of the run
-    model = _model(options, folder, hardware)
+    model = _model(options, folder, hardware, data, tokenizer.pad_token_id)
     _tell_model(model, options, say)
-    return _Job(options, console, say, hardware, renderer, data, model).run()
+    return Job(options, console, say, hardware, renderer, data, model)
 
 
 class _Teller:
@@ -102,7 +111,7 @@ def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prep
     return renderer, data
 
 
-def _model(o: TrainOptions, folder: Path, hardware: Hardware) -> PeftModel:
+def _model(o: TrainOptions, folder: Path, hardware: Hardware, data: Prepared, pad: int) -> PeftModel:
     base = load.load_model(
         folder,
         dtype=hardware.dtype,
@@ -117,7 +126,7 @@ def _model(o: TrainOptions, folder: Path, hardware: Hardware) -> PeftModel:
         checkpoint_activations(base)
     if o.init_adapter is not None:
         return PeftModel.from_pretrained(base, str(Path(o.init_adapter).expanduser()), is_trainable=True)
-    return get_peft_model(base, config_for(o.adapter, **adapter_options(o)))
+    return low_rank.adapted(base, config_for(o.adapter, **adapter_options(o)), folder, data, pad)
 
 
 def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
@@ -130,7 +139,7 @@ def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
     say.line("adapter", f"{name}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}")
 
 
-class _Job:
+class Job:
     """One run, from a loaded model to the written folder."""
 
     def __init__(
@@ -177,7 +186,7 @@ class _Job:
             self.say.line("layout", why)
             return None
         made = Packing(engine, o.pack_tokens, rows=o.micro_batch_size, say=lambda text: self.say.line("", text))
-        tokens = sum(len(e.input_ids) for e in self.data.train) * self._steps() * o.batch_size / len(self.data.train)
+        tokens = sum(len(e.input_ids) for e in self.data.train) * self.steps() * o.batch_size / len(self.data.train)
         engine.compiled, why = choose("off" if o.gradient_checkpointing else o.compile, engine.model, tokens)
         self.say.line("layout", made.line)
         self.say.line("compile", why)
@@ -197,6 +206,9 @@ class _Job:
             processing_class=self.renderer.tokenizer,
             callbacks=callbacks,
             packing=self.packing,
+            optim=o.optim if o.optim in low_rank.OPTIONS else None,
+            optim_options=asdict(o),
+            stop_after_nonfinite=o.stop_after_nonfinite,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -206,7 +218,7 @@ class _Job:
         share = o.batch_size // batches.ranks()
         micro = share if self.packing else batches.micro_size(o.batch_size, o.micro_batch_size)
         accumulate = share // micro
-        steps = self._steps()
+        steps = self.steps()
         warmup = 0 if o.lr_scheduler_type == "constant" else int(o.warmup_ratio * steps)  # it takes none
         split = "" if self.packing else f" ({micro} at a time)"
         length = f"{len(self.data.train):,} rows, {o.batch_size} a step{split}: {steps:,} steps"
@@ -224,7 +236,7 @@ class _Job:
             warmup_steps=warmup,
             weight_decay=o.weight_decay,
             max_grad_norm=o.max_grad_norm,
-            optim=o.optim,
+            optim=TrainOptions.optim if o.optim in low_rank.OPTIONS else o.optim,
             seed=o.seed,
             train_sampling_strategy="random" if o.shuffle else "sequential",
             logging_steps=o.logging_steps,
@@ -246,7 +258,7 @@ class _Job:
             disable_tqdm=True,
         )
 
-    def _steps(self) -> int:
+    def steps(self) -> int:
         o = self.options
         epoch = math.ceil(len(self.data.train) / o.batch_size)
         return o.max_steps if o.max_steps > 0 else math.ceil(epoch * o.num_train_epochs)
@@ -289,10 +301,15 @@ class _Job:
     def _stopped(self, error: BaseException) -> None:
         if not self.main:
             return
-        if self.trainer.state.global_step == 0:
+        if not self.trainer.taken:
             self.folder.undo()
             return
+        with suppress(OSError):  # a full disk may be what stopped it; that is the error to show
+            self._write_stopped(error)
+
+    def _write_stopped(self, error: BaseException) -> None:
         self.record.error = str(error) or type(error).__name__
+        self.record.skipped_steps = self.trainer.skipped.counts.steps
         self.record.count(self.trainer.counts, self.trainer.state.global_step, read_metrics(self.path / METRICS))
         self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
@@ -309,6 +326,7 @@ class _Job:
         self._answer("after")
         metrics = read_metrics(self.path / METRICS)
         self.record.count(totals, state.global_step, metrics)
+        self.record.skipped_steps = trainer.skipped.counts.steps
         title = f"{self.record.adapter} on {Path(self.record.model).name}: {totals.examples:,} examples"
         picture.draw(metrics, self.path / PICTURE, title)
         samples.write(self.samples, self.path / SAMPLES)

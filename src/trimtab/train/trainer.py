@@ -3,12 +3,11 @@ adapter alone and resume exactly, evaluation that keeps no logits, and runs that
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,20 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from trimtab.core.group import Group, groups
 from trimtab.data import Example
 from trimtab.errors import TrainingError
 from trimtab.model import PeftModel
-from trimtab.train import checkpoint, layouts
+from trimtab.train import checkpoint, layouts, low_rank, same, saving
 from trimtab.train.audits import StepAudit, some_labels, trainable
 from trimtab.train.batches import EXAMPLES, ROWS, Collator, Together
 from trimtab.train.checkpoint import Counts
+from trimtab.train.finite import IN_A_ROW, Skipped, broken, some
 from trimtab.train.objectives.sft import predicts_next, row_losses, supervised, takes_positions
 from trimtab.train.packing import Packing, remembered
-
-SAME = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed")
+from trimtab.train.state import random_state, set_random_state
 
 
 class Trainer(transformers.Trainer):
@@ -39,14 +37,18 @@ class Trainer(transformers.Trainer):
 
     Rows of a decoder model that are `Example`s, or hold `input_ids` and `labels`, need no data_collator: they are laid out
     in packs, by `packing` where it is given, or padded where the engine does not take the model. One line says which.
-    Batches of a data_collator of the caller's go through the model as they are.
+    Batches of a data_collator of the caller's go through the model as they are. `optim` is loraplus, lorafa or riemannian, with
+    `optim_options`; for others it is in the arguments.
     """
 
     model: Any
     accelerator: Any
     optimizer: Any
 
-    def __init__(self, *args: Any, packing: Packing | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, packing: Packing | None = None, stop_after_nonfinite: int = IN_A_ROW, optim: str | None = None,
+        optim_options: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         base: Any = self.base()
         another = self.compute_loss_func is not None or self.label_smoother is not None
@@ -62,13 +64,17 @@ class Trainer(transformers.Trainer):
         given = args[2] if len(args) > 2 else kwargs.get("data_collator")
         self.packing = layouts.settle(self, packing, given, Trainer)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep gradients where they cannot be read
-            self.add_callback(StepAudit())
-        self.add_callback(_AfterStep(self._live))
+            self.add_callback(StepAudit(lambda: self.skipped.now))
+        self.add_callback(_Steps(self))
+        self.optim_said = {} if optim is None else {"optim": f"{optim} {low_rank.chosen(optim, optim_options)}"}
+        if optim is not None:
+            self.optimizer = low_rank.optimizer(optim, self.base(), self.args, optim_options)
         self.counts = Counts()
-        self._step_rows: list[str] = []
+        self.skipped, self._limit = Skipped(stop_after_nonfinite), stop_after_nonfinite
+        self._trained: dict[str, Any] = {}
+        self.taken = 0  # steps of this very call of `train`
         self._logged = Counts()
         self._mark, self._paused = time.perf_counter(), 0.0
-        self._rows_hash: str | None = None
 
     def base(self) -> nn.Module:
         """The torch model underneath: not wrapped for ranks, adapters in place."""
@@ -81,25 +87,48 @@ class Trainer(transformers.Trainer):
         trainable(self.model)
         if self.decoder:
             some_labels(_items(self.train_dataset))
-        self.counts, self._logged = Counts(), Counts()
+        self.counts, self._logged, self.skipped = Counts(), Counts(), Skipped(self._limit)
+        self.taken = 0
+        self._trained = same.adapters(self.live())  # as they start: methods write what they find out into their config
         self._mark, self._paused = time.perf_counter(), 0.0
         result = super().train(*args, **kwargs)
         self._clock()
         return result
 
+    def _run_epoch(self, *args: Any, **now: Any) -> None:
+        """A resumed run goes on with the sum of the loss it was to log next; one that was at its end takes no step more."""
+        if now["resume_from_checkpoint"] is not None and now["epoch"] == now["epochs_trained"]:
+            saving.load_progress(self, Path(now["resume_from_checkpoint"]))
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+                return
+        super()._run_epoch(*args, **now)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **now: Any) -> None:
+        """At the end of an epoch or of the run an evaluation follows: the checkpoint waits for it, and so holds it."""
+        last = float(self.state.epoch or 0).is_integer() or self.control.should_training_stop
+        waits = self.control.should_save and last and self.args.eval_strategy == "epoch" and not self.control.should_evaluate
+        if waits:
+            self.control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **now)
+        self.control.should_save |= waits
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         if EXAMPLES not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if not self.decoder:
+                self.skipped.look(loss[None], ["the batch"])
+            return loss
         assert self.packing is not None
         model.train()
         examples: list[Example] = inputs[EXAMPLES]
-        self._step_rows += [f"{e.source}:{e.line}" for e in examples]
+        self.skipped.rows += [f"{e.source}:{e.line}" for e in examples]
         if num_items_in_batch is None:
             num_items_in_batch = _supervised(examples)
         if num_items_in_batch == 0:
-            raise TrainingError(f"{self._at()}: no supervised token in the rows {_some(self._step_rows)}")
+            raise TrainingError(f"{self._at()}: no supervised token in the rows {some(self.skipped.rows)}")
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free ones
             self.optimizer.train()
         alone = self.accelerator.num_processes == 1
@@ -119,7 +148,7 @@ class Trainer(transformers.Trainer):
             with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager(), self.accelerator.autocast():
                     result = self.packing.engine.forward(model, pack)
-                    self._finite(result.rows, [f"{examples[m].source}:{examples[m].line}" for m in pack.members])
+                    self.skipped.look(result.rows, [f"{examples[m].source}:{examples[m].line}" for m in pack.members])
                     loss = result.loss / total * self._ranks()
                     if last:
                         loss = loss + self._penalty()
@@ -148,13 +177,13 @@ class Trainer(transformers.Trainer):
         if not self.decoder or return_outputs:
             return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
         rows = inputs.get(ROWS) or [f"row {i + 1} of the batch" for i in range(len(batch["labels"]))]
-        self._step_rows += rows
+        self.skipped.rows += rows
         if num_items_in_batch is None:
             num_items_in_batch = supervised(batch["labels"]).sum()
         if num_items_in_batch == 0:
-            raise TrainingError(f"{self._at()}: no supervised token in the rows {_some(self._step_rows)}")
+            raise TrainingError(f"{self._at()}: no supervised token in the rows {some(self.skipped.rows)}")
         losses = row_losses(model, batch, sparse=self._sparse)
-        self._finite(losses, rows)
+        self.skipped.look(losses, rows) if model.training else self._finite(losses, rows)
         self._count(batch)
         loss = losses.sum() / num_items_in_batch * self._ranks()
         return loss + self._penalty() if model.training else loss
@@ -164,31 +193,19 @@ class Trainer(transformers.Trainer):
 
     def _penalty(self) -> Tensor | float:
         """What the methods add to the loss: once a step, however it is split."""
-        found = [p for group in self._live() if (p := group.penalty()) is not None]
+        found = [p for group in self.live() if (p := group.penalty()) is not None]
         return sum(found) / self.current_gradient_accumulation_steps if found else 0.0
 
-    def _live(self) -> list[Group]:
+    def live(self) -> list[Group]:
+        """The adapters that take part."""
         return [group for group in groups(self.base()).values() if group.live]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        rows, self._step_rows = self._step_rows, []
-        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            raise TrainingError(
-                f"{self._at()}: the gradient's norm is {float(norm)} over the rows {_some(rows)}. No step was taken, "
-                f"and nothing was saved. A lower learning rate or float32 usually helps"
-            )
-        return norm
+        return self.skipped.judge(self, model, super()._get_grad_norm(model, grad_norm))
 
     def _finite(self, losses: Tensor, rows: list[str]) -> None:
-        good = losses.detach().isfinite().tolist()
-        if not all(good):
-            bad = [row for row, fine in zip(rows, good, strict=True) if not fine]
-            raise TrainingError(
-                f"{self._at()}: the loss is not finite for {_some(bad)} ({len(bad)} of the {len(rows)} rows in this "
-                f"forward pass). Nothing was saved. Where all rows are hit, lower the learning rate or use float32; "
-                f"where few are, look at them"
-            )
+        if bad := broken(losses, rows):
+            raise TrainingError(f"{self._at()}: the loss of an evaluation is not finite for {some(bad)}")
 
     def _at(self) -> str:
         return f"step {self.state.global_step + 1}"
@@ -236,10 +253,12 @@ class Trainer(transformers.Trainer):
             self.data_collator = collator
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        start = time.perf_counter()
+        """Draws no random number that training would miss."""
+        start, random = time.perf_counter(), random_state(self.args.device)
         try:
             return super().evaluate(*args, **kwargs)
         finally:
+            set_random_state(random, self.args.device)
             self._paused += time.perf_counter() - start
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -296,61 +315,31 @@ class Trainer(transformers.Trainer):
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As transformers', but written under another name and renamed when it is whole."""
-        self.store_flos()
-        run_dir = Path(self._get_output_dir(trial=trial))
-        final = run_dir / f"checkpoint-{self.state.global_step}"
-        partial = run_dir / f".{final.name}.partial"
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.save_model(str(partial), _internal_call=True)
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(partial))
-            self._save_scaler(str(partial))
-            self._save_rng_state(str(partial))
-        self._clock()
-        totals = self.totals()
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.save_tensors(self.accelerator.unwrap_model(self.model), partial)
-            checkpoint.write_record(partial, self._signature(), totals)
-            self._save_state(partial, final)
-            checkpoint.put_in_place(partial, final)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(final))
-            rotate_checkpoints(
-                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
-            )
-        self.accelerator.wait_for_everyone()
+        saving.save(self, trial)
 
-    def _save_state(self, partial: Path, final: Path) -> None:
-        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
-        if best == final or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-        states: Any = self.state.stateful_callbacks
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states[type(callback).__name__] = callback.state()
-        self.state.save_to_json(os.fspath(partial / checkpoint.STATE))
-
-    def _signature(self) -> dict[str, Any]:
+    def signature(self, *, steps: bool = True) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
-        run = {name: str(getattr(self.args, name)) for name in SAME}
-        run["steps"] = str(self.state.max_steps)
-        run["batch_size"] = str(self.get_total_train_batch_size(self.args))
-        self._rows_hash = self._rows_hash or checkpoint.fingerprint(_items(self.train_dataset))
-        return run | {"rows": self._rows_hash}
+        return saving.signature(self, self._trained, steps=steps)
+
+    @cached_property
+    def rows_hashed(self) -> dict[str, Any]:
+        return saving.rows_hashed(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint.load_tensors(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        saving.load_weights(self, Path(resume_from_checkpoint))
 
-    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None:
-            counts = checkpoint.read_record(Path(checkpoint_dir), self._signature())
-            self.counts = counts if self.is_world_process_zero() else Counts()
-            self._logged = replace(self.counts)
-        super()._load_optimizer_and_scheduler(checkpoint_dir)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            saving.load_state(self, Path(checkpoint))
+            if saving.sharded(self):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Done with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            saving.load_random(self, Path(checkpoint))
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -358,19 +347,27 @@ class Trainer(transformers.Trainer):
         checkpoint.load_tensors(self.accelerator.unwrap_model(self.model), Path(best))
 
 
-class _AfterStep(TrainerCallback):
-    """Methods that change after a step (budgets, projections) are told its number, counted from 1, while its gradients
-    are there. A step that a float16 scaler skipped has none that are finite."""
+class _Steps(TrainerCallback):
+    """What is done around each step. Methods that change after one (budgets, projections) are told its number, counted
+    from 1, while its gradients are there. A step that is not taken, or that a float16 scaler skipped, has none to show."""
 
-    def __init__(self, live: Callable[[], list[Group]]) -> None:
-        self.live = live
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.skipped.begin(self.trainer)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any
     ) -> None:
-        if not getattr(now["optimizer"], "step_was_skipped", False):
-            for group in self.live():
+        if not self.trainer.skipped.now and not getattr(now["optimizer"], "step_was_skipped", False):
+            for group in self.trainer.live():
                 group.step(state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.taken += 1
+        if self.trainer.skipped.now:
+            self.trainer.log({"skipped_rows": self.trainer.skipped.named})  # type: ignore[dict-item]
 
 
 def _items(dataset: Any) -> Iterator[Any]:
@@ -384,6 +381,3 @@ def _supervised(examples: list[Example]) -> int:
     """How many tokens carry loss. Nothing predicts the first token of an example."""
     return sum(sum(e.supervised[1:]) for e in examples)
 
-
-def _some(rows: list[str]) -> str:
-    return ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
