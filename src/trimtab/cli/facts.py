@@ -32,10 +32,10 @@ class Host(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.attends = layer, isinstance(layer, nn.MultiheadAttention)
 
     def forward(self, x: Tensor) -> Any:
-        return self.layer(x, x, x, need_weights=False)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        return self.layer(x, x, x, need_weights=False)[0] if self.attends else self.layer(x)
 
 
 def _conv1d() -> nn.Module:
