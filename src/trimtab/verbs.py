@@ -14,14 +14,10 @@ from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.sites import frozen
-<<<<<<< HEAD
-from trimtab.errors import TrimtabWarning
-from trimtab.scalings import Scalings
-=======
 from trimtab.errors import NoMatch, TrimtabWarning
+from trimtab.scalings import Scalings
 
 SPENT = "this PeftModel carries no adapter any more; go on with the model that merge_and_unload() or unload() returned"
->>>>>>> 69d65e9c294ddcbbe2f591a5ad1df1bb3cbc41f5
 
 
 class Verbs(Scalings, nn.Module):
@@ -111,13 +107,9 @@ class Verbs(Scalings, nn.Module):
     def unload(self) -> Any:
         """The plain base model without adapters. This object is spent afterwards."""
         model = self.get_base_model()
-<<<<<<< HEAD
         states.unload(model)
-=======
-        groups.unload(model)
         tuner: Any = self._modules.get("base_model", self)
         del tuner._modules["model"]  # what is done with this object from now on would be done to nothing
->>>>>>> 69d65e9c294ddcbbe2f591a5ad1df1bb3cbc41f5
         return model
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:

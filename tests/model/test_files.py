@@ -216,11 +216,19 @@ def test_a_spent_handle_refuses_to_be_used(tmp_path: Path) -> None:
             model = get_peft_model(llama(), lora())
             plain = getattr(getattr(model, through) if through else model, spend)()
             uses: list[Any] = [
-                lambda m=model: m(IDS), lambda m=model: m.generate(IDS), lambda m=model: m.save_pretrained(tmp_path / "x"),
-                lambda m=model: m.state_dict(), lambda m=model: list(m.parameters()), lambda m=model: m.add_adapter("b", lora()),
-                lambda m=model: m.load_adapter(tmp_path, "b"), lambda m=model: m.merge_and_unload(), lambda m=model: m.set_adapter("x"),
-                lambda m=model: m.get_base_model(), lambda m=model: m.print_trainable_parameters(), lambda m=model: m.config,
-            ]  # fmt: skip
+                lambda m=model: m(IDS),
+                lambda m=model: m.generate(IDS),
+                lambda m=model: m.save_pretrained(tmp_path / "x"),
+                lambda m=model: m.state_dict(),
+                lambda m=model: list(m.parameters()),
+                lambda m=model: m.add_adapter("b", lora()),
+                lambda m=model: m.load_adapter(tmp_path, "b"),
+                lambda m=model: m.merge_and_unload(),
+                lambda m=model: m.set_adapter("x"),
+                lambda m=model: m.get_base_model(),
+                lambda m=model: m.print_trainable_parameters(),
+                lambda m=model: m.config,
+            ]
             for use in uses:
                 with pytest.raises(NoMatch, match="go on with the model that merge_and_unload"):
                     use()

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.core import group as groups
+from trimtab import states
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.sites import frozen, layers
 from trimtab.errors import NotMergeable
@@ -31,7 +31,7 @@ def write(model: Verbs, base: Path, dtype: torch.dtype, folder: Path) -> bool:
     """Merge `model`'s active adapters and write the plain model in `dtype`; `base`: the folder it was loaded from. True:
     shard by shard. `model` is spent afterwards."""
     plain: Any = model.get_base_model()
-    order = groups.to_merge(plain)
+    order = states.to_merge(plain)
     if not _named_alike(plain, base):
         plain.float()
         merged = model.merge_and_unload().to(dtype)
