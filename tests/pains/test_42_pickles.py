@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from little import llama, options, said
-from model_folder import write_model, write_rows
+from little import finished, llama
+from model_folder import write_model
 
 from trimtab import LoraConfig, PeftModel, get_peft_model
 from trimtab.errors import BadCheckpoint, ConfigError
@@ -43,12 +43,8 @@ def test_a_base_of_pickles_is_refused_with_the_way_out(tmp_path: Path) -> None:
         model_folder(str(folder))
 
 
-def test_a_run_writes_no_pickle(tmp_path: Path) -> None:
-    from trimtab.train.run import run
-
-    folder, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
-    said(run, options(folder, rows, tmp_path / "out", save_steps=1))
-    written = [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
+def test_a_run_writes_no_pickle(tmp_path_factory: pytest.TempPathFactory) -> None:
+    written = [f for f in finished(tmp_path_factory).rglob("*") if f.is_file()]
     assert any("checkpoint-1" in str(f) for f in written)
     assert {f.suffix for f in written} <= {".safetensors", ".json", ".jsonl", ".jinja", ".png", ".md", ".txt", ".yaml"}
     heads = {f: f.read_bytes()[:2] for f in written}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from little import far  # noqa: F401 - puts the maker of model folders on the path
 from model_folder import tokenizer, write_rows
 
 from trimtab.data import Renderer, prepare

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_llama as tiny
 import torch
-from little import far  # noqa: F401 - puts the tiny runs on the path
 from packed_runs import packed
 from test_45_logits_of_a_large_vocabulary import Largest
-
-import tiny_llama as tiny  # isort: skip
 
 
 def test_what_is_held_does_not_grow_with_the_rows(tmp_path: Path) -> None:

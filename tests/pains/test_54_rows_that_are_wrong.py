@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from little import far  # noqa: F401 - puts the maker of model folders on the path
 from model_folder import tokenizer
 
 from trimtab.data import Renderer, prepare

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from little import far  # noqa: F401 - puts the maker of model folders on the path
 from model_folder import TEMPLATE, tokenizer
 
 from trimtab.data import Renderer, prepare

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from little import options, said
-from model_folder import write_model, write_rows
+from little import finished
 
 from trimtab import LoraConfig
 from trimtab.cli.settings import resolve
@@ -31,13 +30,9 @@ def test_in_python() -> None:
         LoraConfig(bias="all_of_them")
 
 
-def test_the_run_says_what_it_was_given(tmp_path: Path) -> None:
-    from trimtab.train.run import run
-
-    folder, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
-    said(run, options(folder, rows, tmp_path / "out", seed=5, adapter_options={"r": 2, "lora_alpha": 6}))
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+def test_the_run_says_what_it_was_given(tmp_path_factory: pytest.TempPathFactory) -> None:
+    out = finished(tmp_path_factory)
+    record, config = (json.loads((out / name).read_text()) for name in ("run.json", "adapter_config.json"))
     assert record["options"]["seed"] == 5 and record["options"]["learning_rate"] == 1e-2
     assert record["options"]["max_length"] == 2048  # resolved: also what was left at its default
     assert (config["r"], config["lora_alpha"]) == (2, 6)
