@@ -72,7 +72,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _claim(file: Path, name: str, said: Any, start: int) -> Claim:
     row: dict[str, Any] = said if isinstance(said, dict) else {}
-    dtype, shape, offsets = (row.get(k) for k in ("dtype", "shape", "data_offsets"))
+    dtype: Any = row.get("dtype")
+    shape: Any = row.get("shape")
+    offsets: Any = row.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise damaged(file, f"{name[:100]!r} has the dtype {str(dtype)[:40]!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:

@@ -120,7 +120,7 @@ def difference(path: Path, model: Any) -> str:
     name = str(folder or getattr(model, "name_or_path", "") or type(model).__name__)
     if why := _apart(there, here):
         return f"made for {there.get('name') or 'a base without a name'}, and this is {name}: {why}"
-    if there.get("values", "").partition("-")[0] != here.get("values", "").partition("-")[0] and "values" in here:
+    if str(there.get("values", "")).partition("-")[0] != str(here.get("values", "")).partition("-")[0] and "values" in here:
         warnings.warn(
             f"{name} is stored in {', '.join(here['dtypes'])}, the base that {path.name!r} was made for in "
             f"{', '.join(map(str, there.get('dtypes', [])))}: compared by names and shapes alone",
@@ -143,7 +143,7 @@ def _apart(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _live(model: Any) -> dict[str, Any]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return essential(config.to_dict()) if hasattr(config, "to_dict") else {}
 
 

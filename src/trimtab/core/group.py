@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ class Group:
     """One named adapter: its config, its layers by path, what its sites share, or its hook around the whole model."""
 
     def __init__(self, name: str, config: PeftConfig) -> None:
-        self.name, self.config, self.kind = name, config, cast("type[Any]", method_of(config).adapter)
+        self.name, self.config, self.kind = name, config, method_of(config).adapter
         self.active = self.disabled = False
         self.layers: dict[str, AdapterLayer] = {}
         self.shared: nn.Module | None = None

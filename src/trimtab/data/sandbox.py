@@ -60,7 +60,7 @@ class _Guarded(NodeTransformer):
         return node
 
 
-def _filtered(node: Any, name: str) -> nodes.Filter:
+def _filtered(node: Any, name: str) -> nodes.Node:
     return nodes.Filter(node, name, [], [], None, None).set_lineno(node.lineno or 1)
 
 
@@ -157,6 +157,8 @@ class Bounded(ImmutableSandboxedEnvironment):
             old, new = str(args[0]), str(args[1])
             self._room(first.count(old) * len(new))
         elif name == "join":
+            between: Any = ""
+            parts: Any
             between, parts = (args[0] if args else "", first) if not isinstance(first, str) else (first, args and args[0])
             count = len(parts) if hasattr(parts, "__len__") else 10**6
             self._room(count * len(str(between)))
