@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
+from trimtab import origin
 from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
 from trimtab.data import Renderer
@@ -103,7 +104,7 @@ def find_source(adapter: Path, model: str | None = None) -> Source:
     if not name:
         raise ConfigError(f"{adapter} does not say what its base is: --model FOLDER")
     base = load.model_folder(name)
-    four_bit = bool(record.get("options", {}).get("load_in_4bit"))
+    four_bit = bool(record.get("options", {}).get("load_in_4bit") or (origin.read(adapter) or {}).get("load_in_4bit"))
     if "dtype" in record:
         return Source(base, four_bit, getattr(torch, record["dtype"]))
     stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
