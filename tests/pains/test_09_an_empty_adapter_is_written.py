@@ -19,8 +19,8 @@ def test_it_is_named_and_the_last_good_file_stays(tmp_path: Path) -> None:
     want = logits(model)
     part = model.get_base_model().model.layers[1].self_attn.v_proj.adapters["default"].lora_B
     whole, part.weight.data = part.weight.data, torch.empty(0)
-    with pytest.raises(BadCheckpoint, match=r"layers\.1\.self_attn\.v_proj\.lora_B\.weight has no values here \(its weights are "
-                                            r"sharded.*nothing was written"):  # fmt: skip
+    said = r"layers\.1\.self_attn\.v_proj\.lora_B\.weight has no values here \(its weights are sharded.*nothing was written"
+    with pytest.raises(BadCheckpoint, match=said):
         model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), want)
     part.weight.data = whole

@@ -135,7 +135,7 @@ def _tell_experts(model: nn.Module, target: list[str] | str, found: set[str]) ->
     if left:
         names = ", ".join(f"{n} ({count})" for n, count in left.items())
         warnings.warn(
-            f"frozen though its neighbours are adapted: {names}, where experts are one tensor and no layers. To adapt them, too: "
+            f"frozen though its neighbours are adapted: {names}, where experts are one tensor and no layers. To adapt them: "
             f"target_parameters={[*left]}", TrimtabWarning
         )  # fmt: skip
 
