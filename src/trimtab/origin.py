@@ -33,7 +33,10 @@ SAMPLE = 64  # bytes from the middle of each tensor
 def describe(model: Any) -> dict[str, Any] | None:
     """The record of a model's base; None for a model that was not loaded from a folder."""
     folder = folder_of(model)
-    return None if folder is None else {"name": str(getattr(model, "name_or_path", "")), **fingerprint(folder)}
+    if folder is None:
+        return None
+    four_bit = {"load_in_4bit": True} if getattr(model, "is_loaded_in_4bit", False) else {}
+    return {"name": str(getattr(model, "name_or_path", "")), **fingerprint(folder), **four_bit}
 
 
 def folder_of(model: Any) -> Path | None:

@@ -18,10 +18,10 @@ sys.path.append(str(TESTS))
 
 import small_llama  # noqa: E402
 import tiny_llama as tiny  # noqa: E402
-from data import tiny as chats  # noqa: E402
 from model_folder import write_model, write_rows  # noqa: E402
 from small_llama import IDS, llama, logits, move  # noqa: E402
 
+from data import tiny as chats  # noqa: E402
 from trimtab import LoraConfig  # noqa: E402
 
 __all__ = ["IDS", "Plain", "chats", "llama", "logits", "lora", "move", "ran", "small_llama", "tiny", "trainer", "write_model",
@@ -49,7 +49,8 @@ def ran(model: Path, rows: Path, out: Path, **over: Any) -> tuple[Any, str]:
 
     said = io.StringIO()
     given: dict[str, Any] = dict(
-        model=str(model), dataset=[str(rows)], output_dir=str(out), batch_size=8, max_steps=3, learning_rate=1e-2, dtype="float32"
+        model=str(model), dataset=[str(rows)], output_dir=str(out), batch_size=8, max_steps=3, learning_rate=1e-2,
+        dtype="float32",
     )
     return run(TrainOptions(**given | over), console=Console(file=said, width=300)), said.getvalue()
 

@@ -116,8 +116,28 @@ def find_sites(
     for more in places(cfg, "sites"):
         found += more(cfg, model, adapter, found)
     _check(model, cfg, target, found, strict)
+    if strict:
+        _tell_experts(model, target, {s.name for s in found})
     _complete(model, cfg, target, found)
     return found
+
+
+def _tell_experts(model: nn.Module, target: list[str] | str, found: set[str]) -> None:
+    """The weights of experts in one slab are no layers: a target that names all layers, or their neighbours, passes them by."""
+    left: dict[str, int] = Counter()
+    for name, module in layers(model):
+        block = name.rpartition(".")[0]
+        if name in found or not (target == ALL_LINEAR or any(n.startswith(f"{block}.") for n in found)):
+            continue
+        if port(frozen(module)).op.kind == "module":
+            own = frozen(module).named_parameters(recurse=False)
+            left.update(f"{name.rpartition('.')[2]}.{n}" for n, p in own if p.dim() == 3 and len(p) > 1)
+    if left:
+        names = ", ".join(f"{n} ({count})" for n, count in left.items())
+        warnings.warn(
+            f"frozen though its neighbours are adapted: {names}, where experts are one tensor and no layers. To adapt them: "
+            f"target_parameters={[*left]}", TrimtabWarning
+        )  # fmt: skip
 
 
 def _complete(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site]) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 
+from trimtab import origin
 from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
 from trimtab.data import Renderer
@@ -116,6 +117,7 @@ def find_source(adapter: Path, model: str | None = None) -> Source:
     base = load.model_folder(name)
     options: Any = record.get("options")
     four_bit = bool(options.get("load_in_4bit")) if isinstance(options, dict) else False
+    four_bit = four_bit or bool((origin.read(adapter) or {}).get("load_in_4bit"))
     stored = read_json(base / "config.json") if "dtype" not in record else record
     named = stored.get("dtype") or stored.get("torch_dtype") or "float32"
     if named not in DTYPES[1:]:
