@@ -36,7 +36,7 @@ def test_bare_dotted_anchored_and_whole_names_match(pattern: str, layers: list[i
         ({"rank_pattern": {"v_proj": 4, "_proj": 3}}, "rank_pattern: '_proj'"),  # a part of a name is no name
         ({"alpha_pattern": {"^layers.0.self_attn.v_proj": 4}}, "alpha_pattern: "),  # anchored where the path does not begin
         ({"layers_to_transform": [2]}, r"layers_to_transform=\[2\]"),
-        ({"layers_to_transform": [0, 2]}, r"layers_to_transform: 2 is"),
+        ({"layers_to_transform": [0, 2]}, "layers_to_transform: 2 is the number of none"),
         ({"exclude_modules": ["v_prj"]}, "exclude_modules: 'v_prj'"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "layers_pattern"),
         ({"target_modules": ["v_proj", "w_proj"]}, "'w_proj'. Did you mean"),
