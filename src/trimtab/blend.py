@@ -150,7 +150,8 @@ def _factors(adapter: Adapter, D: Tensor) -> tuple[Tensor, Tensor] | None:
     for lora in plain:
         A, B = (t.to(D) for t in lora.factors())
         A, B = A.flatten(1), lora.s * B.flatten(1)
-        if lora.op.groups == 1 and (B @ A - D).norm() <= 1e-6 * D.norm():
+        fits = B.shape[0] == D.shape[0] and A.shape[1] == D.shape[1] and B.shape[1] == A.shape[0]
+        if fits and lora.op.groups == 1 and (B @ A - D).norm() <= 1e-6 * D.norm():
             return B, A
     return None
 

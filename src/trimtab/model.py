@@ -20,7 +20,7 @@ from trimtab.core.config import PeftConfig, replaced
 from trimtab.core.group import Group
 from trimtab.errors import ConfigError, NoMatch
 from trimtab.status import count_parameters, get_layer_status, get_model_status
-from trimtab.verbs import Tuner, Verbs
+from trimtab.verbs import SPENT, Tuner, Verbs
 
 
 class Forward:
@@ -80,7 +80,7 @@ class PeftModel(Verbs):
     def __class__(self) -> type[Any]:  # type: ignore[override]
         tuner: Any = self.__dict__.get("_modules", {}).get("base_model")
         known = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
-        found = tuner.model if tuner is not None else None
+        found = tuner._modules.get("model") if tuner is not None else None
         return cast("type[Any]", type(found if known is not None and isinstance(found, known) else self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # pickle and deepcopy go by the true type
@@ -101,12 +101,11 @@ class PeftModel(Verbs):
 
     def alive(self) -> None:
         if not groups.groups(self.get_base_model()):
-            raise NoMatch(
-                "this PeftModel carries no adapter any more; go on with the model that merge_and_unload() or unload() returned"
-            )
+            raise NoMatch(SPENT)
 
     def get_base_model(self) -> nn.Module:
-        return self._modules["base_model"]._modules["model"]  # type: ignore[return-value,union-attr]
+        tuner: Any = self._modules["base_model"]
+        return tuner.get_base_model()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.alive()
@@ -197,7 +196,7 @@ class PeftModel(Verbs):
     ) -> store.LoadReport:
         """Put the adapter of a folder beside the others, not active yet. Any key that is missing, unexpected or mis-shaped
         raises and leaves the model as it was; `strict=False` returns the report instead."""
-        path, model = store.folder(model_id, subfolder), self.get_base_model()
+        model, path = self.get_base_model(), store.folder(model_id, subfolder)
         config = replaced(config or PeftConfig.from_pretrained(path), inference_mode=not is_trainable)
         origin.check(path, model, strict=strict)
         tensors = store.read(path, allow_pickle=allow_pickle)

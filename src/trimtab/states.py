@@ -16,8 +16,8 @@ from trimtab.core.sites import at, frozen
 from trimtab.errors import NoMatch, NotMergeable, TrimtabWarning
 
 
-def merge(model: nn.Module, names: list[str] | None = None, *, safe: bool = False) -> None:
-    """Write active adapters into the weights; `unmerge` gives the originals back exactly."""
+def to_merge(model: nn.Module, names: list[str] | None = None) -> tuple[str, ...]:
+    """The adapters that a merge of `names` (all active ones) takes, in their order; raises where one cannot be merged."""
     chosen = [group(model, n) for n in (active(model) if names is None else names)]
     if prompts := [g.name for g in chosen if g.adapter is not None]:
         raise NotMergeable(
@@ -32,6 +32,12 @@ def merge(model: nn.Module, names: list[str] | None = None, *, safe: bool = Fals
     order = tuple(g.name for g in chosen)
     for _, layer in adapted(model):
         layer.mergeable(order)
+    return order
+
+
+def merge(model: nn.Module, names: list[str] | None = None, *, safe: bool = False) -> None:
+    """Write active adapters into the weights; `unmerge` gives the originals back exactly."""
+    order = to_merge(model, names)
     try:
         with torch.no_grad():
             for _, layer in adapted(model):

@@ -12,9 +12,12 @@ from trimtab import blend, states
 from trimtab.core import group as groups
 from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
+from trimtab.core.layer import AdapterLayer
 from trimtab.core.sites import frozen
-from trimtab.errors import TrimtabWarning
+from trimtab.errors import NoMatch, TrimtabWarning
 from trimtab.scalings import Scalings
+
+SPENT = "this PeftModel carries no adapter any more; go on with the model that merge_and_unload() or unload() returned"
 
 
 class Verbs(Scalings, nn.Module):
@@ -95,27 +98,39 @@ class Verbs(Scalings, nn.Module):
     ) -> Any:
         """The plain base model with the adapters in its weights. This object is spent afterwards."""
         self.merge_adapter(adapter_names, safe_merge)
-        _tell_new_biases(self.get_base_model())
+        base = self.get_base_model()
+        tell_new_biases(base, [name for name, layer in groups.adapted(base) if has_new_bias(layer)])
         model: Any = self.unload()
-        _untie(model)
+        untie(model)
         return model
 
     def unload(self) -> Any:
         """The plain base model without adapters. This object is spent afterwards."""
         model = self.get_base_model()
         states.unload(model)
+        tuner: Any = self._modules.get("base_model", self)
+        del tuner._modules["model"]  # what is done with this object from now on would be done to nothing
         return model
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self.get_base_model()  # raises where this object is spent, and so do `parameters`, `zero_grad`, ...
+        return super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.get_base_model()
+        return super().state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_modules" not in self.__dict__ or not self._modules:
+            spent = not self.__dict__.get("_modules", {}).get("base_model", self).__dict__.get("_modules")
+            if spent and (name.startswith("_") or "_modules" not in self.__dict__ or name == "model"):
                 raise
             return getattr(self.get_base_model(), name)
 
 
-def _untie(model: Any) -> None:
+def untie(model: Any) -> None:
     """Tied weights of which one was merged are no longer equal: say so in the config, or a reload would tie them again."""
     config, inp, out = (
         getattr(model, "config", None),
@@ -131,10 +146,13 @@ def _untie(model: Any) -> None:
             config.tie_word_embeddings = False
 
 
-def _tell_new_biases(model: nn.Module) -> None:
+def has_new_bias(layer: AdapterLayer) -> bool:
+    return port(frozen(layer)).bias() is None and layer.port.bias() is not None
+
+
+def tell_new_biases(model: nn.Module, grown: list[str]) -> None:
     """Of biases that merging made, the model's class knows nothing: a saved copy would lose them when it is loaded."""
-    layers = [(name, port(frozen(layer)).bias(), layer.port.bias()) for name, layer in groups.adapted(model)]
-    if grown := [name for name, before, after in layers if before is None and after is not None]:
+    if grown:
         more = f" and {len(grown) - 1} more layers have" if len(grown) > 1 else " has"
         warnings.warn(
             f"{grown[0]!r}{more} a bias now, which {type(model).__name__} does not make when a saved copy is loaded:"
@@ -151,6 +169,8 @@ class Tuner(Verbs):
         self.model = model
 
     def get_base_model(self) -> nn.Module:
+        if "model" not in self._modules:
+            raise NoMatch(SPENT)
         return self._modules["model"]  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

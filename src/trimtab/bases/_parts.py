@@ -154,7 +154,9 @@ def _adapter(method: type[Adapter], cfg: Any, site: Site, part: Part) -> Any:
 
 def _need_equation(adapter: Adapter, site: Site, part: Part) -> None:
     """The layer uses the weight inside, so all that an adapter does must be in its `weight`, and `bias` where there is one."""
-    books = [(getattr(type(adapter), hook), getattr(Adapter, hook)) for hook in ("pack", "unpack", "step", "penalty")]
+    as_filed = any(m.as_filed for m in adapter.modules() if isinstance(m, Adapter))
+    hooks = ("step", "penalty") if as_filed else ("pack", "unpack", "step", "penalty")
+    books = [(getattr(type(adapter), hook), getattr(Adapter, hook)) for hook in hooks]
     with torch.no_grad():
         reasons = {
             "dropout acts on the input": any(isinstance(m, nn.Dropout) and m.p > 0 for m in adapter.modules()),

@@ -32,10 +32,10 @@ class Host(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.attends = layer, isinstance(layer, nn.MultiheadAttention)
 
     def forward(self, x: Tensor) -> Any:
-        return self.layer(x, x, x, need_weights=False)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        return self.layer(x, x, x, need_weights=False)[0] if self.attends else self.layer(x)
 
 
 def _conv1d() -> nn.Module:
@@ -94,7 +94,7 @@ def facts(method: Method) -> Facts:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         found = Facts(method.name, _numbers(method))
-        if issubclass(method.adapter, Adapter):
+        if issubclass(method.adapter, Adapter) and not method.adapter.among:
             found.cells = {name: _kind(method, kind) for name, kind in KINDS.items()}
             first = next((KINDS[name] for name, cell in found.cells.items() if cell in (YES, FORWARD)), None)
             uses = zip(USES, (_several, _mixed, _to_lora), strict=True)
@@ -170,9 +170,9 @@ def _several(method: Method, kind: Kind) -> str:
 
 @torch.no_grad()
 def _mixed(method: Method, kind: Kind) -> str:
-    """A row with the adapter and one without, in one call."""
+    """A row with the adapter and one without, in one call: as a batch of each."""
     model, x = _model(method, kind), _input(kind)
-    with_it = model(x)
+    with_it = model(x[:1])
     with model.disable_adapter():
         without = model(x)
     try:
@@ -195,6 +195,8 @@ def _numbers(method: Method) -> int | None:
     acts around a model, for one of that width. None where it has no defaults."""
     if not issubclass(method.adapter, Adapter):
         return _around(method)
+    if method.adapter.among:
+        return None  # as many as the adapters it stands among make of it
     names = {f.name for f in dataclasses.fields(method.config)}
     target = {"target_modules": ["layer"]} if "target_modules" in names else {}
     try:

@@ -98,6 +98,7 @@ class Adapter(nn.Module):
     noisy: ClassVar[bool] = False  # training draws random numbers, or estimates gradients; in eval mode it is the definition
     on_modules: ClassVar[bool] = False  # it also acts around a module that is no layer: a block, an attention
     starts_at_base: bool = True  # W' = W before the first step
+    as_filed: bool = False  # its tensors stand in the file as they are, though its class has a `pack`
     remembers: tuple[str, ...] = ()  # buffers that a training checkpoint holds beside what is trained
     targets: ClassVar[dict[str, list[str]] | None] = None  # default target_modules by model type, where not LoRA's
     among: ClassVar[bool] = False  # it mixes other adapters, which stand at its sites before it (`Site.beside`)
