@@ -30,7 +30,7 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "lokr": lambda: LoKrConfig(r=2, alpha=4, target_modules=["layer"]),
 }
 # trained there they mix the groups, as the published files do: no weight of the layer can hold that
-MIXES = {("depthwise Conv1d", method) for method in ("lora", "dora", "lokr")}
+MIXES = {("depthwise Conv1d", method) for method in ("lora", "dora")}
 
 
 class Host(nn.Module):

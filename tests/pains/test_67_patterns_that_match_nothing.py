@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from little import llama
 
-from trimtab import LoraConfig, get_peft_model
+from trimtab import LoraConfig, get_peft_model, get_peft_model_state_dict
 from trimtab.errors import NoMatch
 
 BARE, DOTTED = "v_proj", "layers.1.self_attn.v_proj"
@@ -21,9 +21,8 @@ def made(**fields: Any) -> Any:
 @pytest.mark.parametrize(("pattern", "layers"), [(BARE, [0, 1]), (DOTTED, [1]), (ANCHORED, [1]), (WHOLE, [1])])
 def test_bare_dotted_anchored_and_whole_names_match(pattern: str, layers: list[int]) -> None:
     model = made(rank_pattern={pattern: 5}, alpha_pattern={pattern: 15})
-    got = {
-        n.split("layers.")[1].split(".lora_A")[0]: p.shape[0] for n, p in model.named_parameters() if "lora_A" in n
-    }
+    state = get_peft_model_state_dict(model)
+    got = {k.split("layers.")[1].split(".lora_A")[0]: v.shape[0] for k, v in state.items() if "lora_A" in k}
     want = {f"{i}.self_attn.{t}_proj": 5 if t == "v" and i in layers else 2 for i in (0, 1) for t in "qv"}
     assert got == want
     scales = [model.get_base_model().model.layers[i].self_attn.v_proj.adapters["default"].s for i in (0, 1)]
@@ -37,6 +36,8 @@ def test_bare_dotted_anchored_and_whole_names_match(pattern: str, layers: list[i
         ({"rank_pattern": {"v_proj": 4, "_proj": 3}}, "rank_pattern: '_proj'"),  # a part of a name is no name
         ({"alpha_pattern": {"^layers.0.self_attn.v_proj": 4}}, "alpha_pattern: "),  # anchored where the path does not begin
         ({"layers_to_transform": [2]}, r"layers_to_transform=\[2\]"),
+        ({"layers_to_transform": [0, 2]}, "layers_to_transform: 2 is the number of none"),
+        ({"exclude_modules": ["v_prj"]}, "exclude_modules: 'v_prj'"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "layers_pattern"),
         ({"target_modules": ["v_proj", "w_proj"]}, "'w_proj'. Did you mean"),
     ],

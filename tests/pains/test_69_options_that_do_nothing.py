@@ -16,8 +16,8 @@ from trimtab.errors import ConfigError
 def test_on_the_command_line_and_in_yaml(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'learning_rate'"):
         resolve(["--lerning_rate", "1e-4"])
-    with pytest.raises(ConfigError, match="random_state"):
-        resolve(["--random_stat", "3"])
+    with pytest.raises(ConfigError, match="unknown option 'random_state'"):
+        resolve(["--random_state", "3"])
     (tmp_path / "run.yaml").write_text("seed: 1\nlora_aplha: 4\n")
     with pytest.raises(ConfigError, match=r"run.yaml:2.*Did you mean 'lora_alpha'"):
         resolve(["--config", str(tmp_path / "run.yaml")])

@@ -46,5 +46,5 @@ def test_each_loads_as_it_was(version: str, tmp_path: Path) -> None:
 
 def test_an_unknown_option_that_was_used_is_named(tmp_path: Path) -> None:
     path, _ = folder(tmp_path, {"use_comet": True})
-    with pytest.raises(ConfigError, match="LoraConfig has no use_comet=True.* would load a different adapter"):
+    with pytest.raises(ConfigError, match=r"LoraConfig has no use_comet=True.* would load a different adapter"):
         PeftModel.from_pretrained(llama(), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections import Counter
@@ -215,6 +216,20 @@ def _excluded(name: str, cfg: Any) -> bool:
     return bool(exclude) and matches(name, exclude)
 
 
+def _limits_match(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site]) -> None:
+    """Each number of `layers_to_transform` is that of an adapted layer, each name of `exclude_modules` one of a module."""
+    numbers, exclude = getattr(cfg, "layers_to_transform", None), getattr(cfg, "exclude_modules", None) or []
+    for number in [] if numbers is None or isinstance(numbers, int) else numbers:
+        one = copy.copy(cfg)
+        one.layers_to_transform = [number]
+        if not any(_in_layers(s.name, one, target) for s in found):
+            raise NoMatch(f"layers_to_transform: {number} is the number of none of the {len(found)} adapted layers")
+    for name in [] if isinstance(exclude, str) else exclude:
+        if not any(matches(module, [name]) for module, _ in layers(model)):
+            leaves = {module.rpartition(".")[2] for module, _ in layers(model)}
+            raise NoMatch(f"exclude_modules: {name!r} matches no module.{nearest(name, leaves)}")
+
+
 def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site], strict: bool) -> None:
     wanted = target if isinstance(target, list) else [target]
     missing = [t for t in wanted if not any(matches(s.name, [t] if isinstance(target, list) else t) for s in found)]
@@ -227,12 +242,14 @@ def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site
         )
         names = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.most_common(12))
         limits = ", ".join(
-            f"{k}={v!r}" for k in ("layers_to_transform", "exclude_modules") if (v := getattr(cfg, k, None))
+            f"{k}={v!r}" for k in ("layers_to_transform", "layers_pattern", "exclude_modules") if (v := getattr(cfg, k, None))
         )
         raise NoMatch(
             f"no module matches target {', '.join(map(repr, missing))}{f' with {limits}' if limits else ''}."
             f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
         )
+    if strict:
+        _limits_match(model, cfg, target, found)
     fields, names = cfg.to_dict(), [n for s in found for n in (s.name, *(f"{s.name}.{part}" for part in s.base.parts))]
     for field in (f for f, value in fields.items() if f.endswith("_pattern") and isinstance(value, dict)):
         patterns: dict[str, Any] = fields[field]
