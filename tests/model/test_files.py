@@ -124,7 +124,6 @@ def test_unknown_keys_of_a_config(folder: Path) -> None:
     "field",
     [
         {"use_qalora": True},
-        {"alora_invocation_tokens": [1]},
         {"eva_config": {"rho": 2.0}},
         {"init_lora_weights": "pissa"},
     ],

@@ -13,7 +13,7 @@ import dataclasses
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Group:
     """One named adapter: its config, its layers by path, what its sites share, or its hook around the whole model."""
 
     def __init__(self, name: str, config: PeftConfig) -> None:
-        self.name, self.config, self.kind = name, config, cast("type[Any]", method_of(config).adapter)
+        self.name, self.config, self.kind = name, config, method_of(config).adapter
         self.active = self.disabled = False
         self.layers: dict[str, AdapterLayer] = {}
         self.shared: nn.Module | None = None

@@ -45,7 +45,7 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        vars(self).update({k: asdict(v) for k, v in vars(self).items() if is_dataclass(v)})  # `ArrowConfig`: files hold dicts
+        vars(self).update({k: asdict(v) for k, v in vars(self).items() if is_dataclass(v)})  # type: ignore - files hold dicts
         in_range("r", self.r, 1)
         in_range("lora_dropout", self.lora_dropout, 0, 1)
         if self.init_lora_weights not in (True, False, "gaussian"):
