@@ -23,8 +23,7 @@ class Call:
         self.values: dict[str, Any] = {}
         self.inside: nn.Module | None = None  # the module whose forward opened the call, while it runs
         self.number = self.answers = 0  # which values these are; and those of the forward whose backward runs
-        self.size = 0  # rows of the batch
-        self.tokens = False  # rows of tokens came in: inside the model they have a position axis
+        self.size, self.tokens = 0, False  # its rows, and whether they are of tokens: hidden states have a position axis
         self.before: tuple[dict[str, Any], int] = ({}, 0)
         self.scope: dict[str, Any] = {}  # what `generate` was called with
         self.asked: dict[str, Any] = {}  # the arguments that are ours: adapter_names, task_ids

@@ -127,14 +127,18 @@ def taken(model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def generating(model: nn.Module, kwargs: dict[str, Any]) -> Generator[None]:
+def generating(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[None]:
     """Within it each forward has the arguments that `generate` had, which are taken out of `kwargs`."""
     if any(g.live and g.adapter is None and g.kind.uncached for g in groups(model).values()):
         if kwargs.get("use_cache"):
             raise NotSupported("X-LoRA reads the whole text for each new token, so it has no cache: use_cache=False")
         kwargs["use_cache"] = False
     call = calls(model)
-    call.scope = {name: kwargs.pop(name) for name in taken(model) if name in kwargs}
+    call.inside = None  # one that was interrupted from outside may have left it
+    scope = {name: value for name in taken(model) if (value := kwargs.pop(name, None)) is not None}
+    for name, value in scope.items():
+        _check_length(name, value, _size({"inputs": args[0]} | kwargs if args else kwargs))
+    call.scope = scope
     try:
         yield
     finally:
@@ -150,7 +154,7 @@ def present(model: nn.Module) -> list[Group]:
 
 def _enter(owner: nn.Module, fields: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call = calls(owner)
-    if call.inside is not None:  # the encoder within the model's own forward
+    if call.inside not in (None, module):  # the encoder within the model's own forward
         return None
     call.inside, call.before = module, (call.values, call.number)
     call.kept = {}
@@ -190,10 +194,9 @@ def _asked(owner: nn.Module, rows: Rows | None) -> list[Group]:
 
 
 def _rows(owner: nn.Module, names: Any, size: int) -> Rows:
-    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
-        raise ConfigError(f"adapter_names is a list with the name of an adapter, or {BASE!r}, for each row; found {names!r}")
-    if len(names) != size:
-        raise ConfigError(f"adapter_names has {len(names)} names for a batch of {size} rows: one for each row is needed")
+    _check_length("adapter_names", names, size)
+    if not all(isinstance(n, str) for n in names):
+        raise ConfigError(f"adapter_names has the name of an adapter, or {BASE!r}, for each row; found {names!r}")
     chosen = [group(owner, n) for n in dict.fromkeys(names) if n != BASE]
     prompts = [g.name for g in groups(owner).values() if g.adapter is not None and (g.live or g in chosen)]
     if prompts:
@@ -206,9 +209,16 @@ def _rows(owner: nn.Module, names: Any, size: int) -> Rows:
     return Rows(names)
 
 
+def _check_length(name: str, value: Any, size: int) -> None:
+    if isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0:
+        raise ConfigError(f"{name} is a list with one value for each row; found {value!r}")
+    if len(value) != size:
+        raise ConfigError(f"{name} has {len(value)} values for a batch of {size} rows: one for each row is needed")
+
+
 def _size(given: dict[str, Any]) -> int:
     """The rows of the batch: those of the first tensor, tokens before others."""
-    ordered = [*(given.get(n) for n in _TOKENS), *given.values()]
+    ordered = [*(given.get(n) for n in ("inputs", *_TOKENS)), *given.values()]
     found = next((v for v in ordered if isinstance(v, Tensor) and v.dim()), None)
     if found is None:
         raise ConfigError("the model was called without a tensor whose rows could be counted")
@@ -217,7 +227,7 @@ def _size(given: dict[str, Any]) -> int:
 
 def _spread(value: Any, size: int) -> Any:
     """One value for each row of `generate`, for each of its beams."""
-    if isinstance(value, str) or not hasattr(value, "__len__") or not len(value) or size % len(value):
+    if not len(value) or size % len(value):
         return value
     each = size // len(value)
     return value.repeat_interleave(each, 0) if isinstance(value, Tensor) else [v for v in value for _ in range(each)]

@@ -109,7 +109,7 @@ class PeftModel(Verbs):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.alive()
-        with mixed.generating(self.get_base_model(), kwargs):
+        with mixed.generating(self.get_base_model(), args, kwargs):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @property

@@ -101,9 +101,12 @@ def test_gradients_are_the_same_when_layers_are_computed_again() -> None:
 
 def test_what_cannot_be_right_is_refused() -> None:
     model = poly()
-    for ids, found in ((None, "3 tasks"), ([0, 1, 2, 3], "from 0 to 2"), ([0, -1, 1, 1], "from 0 to 2"), ([0, 1], "4 rows")):
+    wrong = [([0, 1, 2, 3], "from 0 to 2"), ([0, -1, 1, 1], "from 0 to 2"), ([0, 1], "4 rows"), ([0], "4 rows")]
+    for ids, found in [(None, "3 tasks"), *wrong]:
         with pytest.raises(ConfigError, match=found):
             model(IDS, task_ids=ids)
+    with pytest.raises(ConfigError, match="task_ids has 2 values for a batch of 4 rows"):
+        model.generate(IDS, task_ids=[0, 1], max_new_tokens=2)
     with pytest.raises(NotMergeable, match="task of each row"):
         model.merge_adapter()
     with pytest.raises(NotSupported, match="5 splits"):

@@ -183,12 +183,13 @@ def test_wrong_names_are_errors_before_anything_is_computed() -> None:
     want = model(IDS).logits
     with pytest.raises(NoMatch, match=r"no adapter is called 'frensh'.*a, b, c"):
         model(IDS, adapter_names=["a", "a", "frensh", "a", "a"])
-    with pytest.raises(ConfigError, match="3 names for a batch of 5 rows"):
+    with pytest.raises(ConfigError, match="3 values for a batch of 5 rows"):
         model(IDS, adapter_names=["a", "b", "a"])
     with pytest.raises(ConfigError, match="list"):
         model(IDS, adapter_names="a")
-    with pytest.raises(ConfigError, match="2 names for a batch of 5 rows"):
-        model.generate(input_ids=IDS, adapter_names=["a", "b"], max_new_tokens=2)
+    for names in (["a"], ["a", "b"], ["a", "b"] * 5):  # nor are they taken for beams
+        with pytest.raises(ConfigError, match=f"{len(names)} values for a batch of 5 rows"):
+            model.generate(IDS, adapter_names=names, max_new_tokens=2, num_beams=2)
     model.merge_adapter(["c"])
     with pytest.raises(NotSupported, match=r"unmerge_adapter\(\)"):
         model(IDS, adapter_names=NAMES)
@@ -239,6 +240,10 @@ def test_tokens_that_are_no_rows_are_refused_and_not_taken_for_rows(tokens: list
     assert (model(IDS, adapter_names=without) - want).abs().max() < 1e-6
 
 
+def _interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_nothing_stays_for_a_later_call_or_for_layers_called_by_themselves() -> None:
     model, x = two(), torch.randn(5, 6, 16)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
@@ -250,6 +255,13 @@ def test_nothing_stays_for_a_later_call_or_for_layers_called_by_themselves() -> 
             assert torch.equal(copy.deepcopy(model)(IDS).logits, plain) and torch.equal(model(IDS).logits, plain)
     before = llama()
     hooks = len(before._forward_pre_hooks), len(before._forward_hooks)
+    with pytest.raises(KeyboardInterrupt):  # which no hook hears of
+        handle = model.get_base_model().model.norm.register_forward_hook(_interrupt)
+        try:
+            model(IDS, adapter_names=NAMES)
+        finally:
+            handle.remove()
+    assert torch.equal(model(IDS).logits, plain)
     bare = get_peft_model(before, config_for("lora", target_modules=["q_proj"])).unload()
     assert (len(bare._forward_pre_hooks), len(bare._forward_hooks)) == hooks == (0, 0)
 
