@@ -10,7 +10,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "trimtab"
 
 FILE, FUNCTION = 400, 60  # lines
-FOLDERS = {"bases": 100, "methods": 100}  # lines that are not blank of each file in it; twice that for what several share
+# lines that are not blank of each file in it; twice that for what several share
+FOLDERS = {"bases": 100, "methods": 100, "inits": 100}
 TOTALS = {"core": 1500}  # lines of all files in it
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "shared", "tools"}
 

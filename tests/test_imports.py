@@ -15,27 +15,30 @@ SRC = Path(__file__).parents[1] / "src" / "trimtab"
 # each layer may import those before it; parts of one layer may not import each other
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"files"},
+    {"files", "headers", "typed", "call", "targets"},
     {"core"},
-    {"bases", "methods", "inits"},
-    {"fused", "store", "blend"},
+    {"states"},
+    {"bases", "inits"},
+    {"methods"},  # LoRA starts by an init
+    {"fused", "store", "optim", "origin", "bounded"},
+    {"blend", "mixed", "cartridges", "scalings"},
     {"verbs"},
-    {"status"},
+    {"status", "convert", "hotswap", "inject"},
     {"model"},
-    {"auto"},
+    {"auto", "experts"},
     {"engine"},
     {"evaluate"},
     {"train"},
     {"export"},  # a merge loads the base in the form that the run trained on, as train.load does
-    {"serve"},
+    {"serve", "doctor"},
     {"cli", "ui"},
 ]
 # beside the ladder: data stands on errors alone, whatever trains, answers or shows may use it; demo is rows and a model
 # for the command line; options name a run for both
 APART = {"data": {"errors"}, "demo": {"errors"}}
-DATA_USERS = {"engine", "train", "evaluate", "export", "serve", "cli", "ui"}
+DATA_USERS = {"engine", "train", "evaluate", "export", "serve", "doctor", "cli", "ui"}
 # code that must run where transformers is absent, or must not know it
-NO_TRANSFORMERS = {"errors", "files", "core", "bases", "inits", "store", "blend"}
+NO_TRANSFORMERS = {"errors", "files", "headers", "typed", "origin", "bounded", "core", "bases", "inits", "store", "blend"}
 # imported inside functions of their own file only
 VENDORS = set("bitsandbytes hqq auto_gptq gptqmodel awq torchao gguf peft trl deepspeed wandb".split())
 

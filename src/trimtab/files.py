@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
-from trimtab.errors import ConfigError
+from trimtab.errors import BadCheckpoint, ConfigError
+
+LONGEST = 10_000_000  # bytes of a JSON file that somebody else may have written
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -42,6 +46,25 @@ def sync(path: Path) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `BadCheckpoint`, whatever the file holds instead."""
+    try:
+        if path.stat().st_size > LONGEST:
+            raise BadCheckpoint(f"{path} has {path.stat().st_size:,} bytes; {LONGEST:,} are allowed")
+        read: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise BadCheckpoint(f"{path}: not JSON (nested too deeply)") from None
+    except BadCheckpoint:
+        raise
+    except ValueError as error:  # a number of too many digits among them
+        raise BadCheckpoint(f"{path}: not JSON ({str(error)[:200]})") from None
+    if not isinstance(read, dict):
+        raise BadCheckpoint(f"{path}: a JSON object is expected, found {type(read).__name__}")
+    return cast("dict[str, Any]", read)
 
 
 def try_folder(path: Path, option: str) -> None:

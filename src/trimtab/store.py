@@ -7,6 +7,7 @@ Keys are `base_model.model.<path>.<tensor>` with no adapter name in them; what a
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.core.config import CONFIG_FILE, method_of
+from trimtab.core.config import CONFIG_FILE, PeftConfig, method_of
 from trimtab.core.group import Group
-from trimtab.core.sites import frozen, layers, matches
+from trimtab.core.sites import at, frozen, layers, matches
 from trimtab.errors import BadCheckpoint
 from trimtab.files import write
+from trimtab.headers import damaged, header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -100,6 +102,8 @@ def folder(name: str | Path, subfolder: str | None = None) -> Path:
             raise BadCheckpoint(
                 f"no adapter folder {str(name)!r} is here, and the local cache has none of that name"
             ) from None
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise BadCheckpoint(f"subfolder {subfolder!r} lies outside of {path}")
     path = path / (subfolder or "")
     if not path.is_dir():
         raise BadCheckpoint(f"no adapter folder {str(path)!r}")
@@ -114,21 +118,37 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     """The tensors of an adapter folder. Pickle can run code, so it is read only where that is asked for."""
     file, pickled = path / WEIGHTS_FILE, path / PICKLE_FILE
     if file.is_file():
+        need, there = sum(c.end - c.begin for c in header(file).values()), memory()
+        if need > there:  # a file may have holes: a claim that adds up is not yet one to allocate
+            raise BadCheckpoint(f"{file} claims {need:,} bytes of tensors; this machine has {there:,} bytes of memory")
         try:
             with safe_open(file, framework="pt") as opened:
                 return {k: opened.get_tensor(k) for k in opened.keys()}
         except (SafetensorError, OSError) as error:
-            raise BadCheckpoint(
-                f"{file} is damaged or cut off ({error}): copy it again, or take an earlier checkpoint"
-            ) from None
+            raise damaged(file, str(error)) from None
     if not pickled.is_file():
         raise BadCheckpoint(f"no {WEIGHTS_FILE} in {path}")
     if not allow_pickle:
         raise BadCheckpoint(
             f"{pickled} is a pickle, which can run code when it is opened. If you trust it, convert it once: "
-            f"safetensors.torch.save_file(torch.load({PICKLE_FILE!r}, weights_only=True), {WEIGHTS_FILE!r})"
+            f"safetensors.torch.save_file(torch.load({PICKLE_FILE!r}, weights_only=True), {WEIGHTS_FILE!r}); or read it as "
+            "it is: --allow_pickle, in Python allow_pickle=True"
         )
-    return torch.load(pickled, map_location="cpu", weights_only=True)
+    try:
+        read: Any = torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # what unpickling may raise is up to the file
+        raise BadCheckpoint(f"{pickled} cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
+    if not isinstance(read, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in read.items()):
+        raise BadCheckpoint(f"{pickled} does not hold tensors by name")
+    return read
+
+
+def memory() -> int:
+    """Bytes of this machine's memory, where it tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 2**63
 
 
 def saved_whole(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -170,8 +190,10 @@ def load(
             report.mismatched_keys.append(f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}")
         else:
             chosen[key] = value
-    report.missing_keys = [k for k in own if k not in given]
+    read = {_place(own[k]) for k in chosen} - {None}
+    report.missing_keys = [k for k in own if k not in given and _place(own[k]) not in read]
     report.loaded = list(chosen)
+    report.mismatched_keys += _torn(own, chosen)
     bad = report.missing_keys or report.unexpected_keys or (report.mismatched_keys and not ignore_mismatched_sizes)
     if strict and bad:
         raise BadCheckpoint(_message(group, own, report, source))
@@ -184,6 +206,22 @@ def load(
     return report
 
 
+def _place(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Where its numbers are: tensors that are tied have them in one place."""
+    return (tensor.device, tensor.data_ptr()) if tensor.numel() and not tensor.is_meta else None
+
+
+def _torn(own: Mapping[str, Tensor], chosen: dict[str, Tensor]) -> list[str]:
+    """Keys of one tensor, straight or transposed, to which a file gives different values."""
+    found: list[str] = []
+    seen: dict[Any, tuple[str, Tensor]] = {}
+    for key, value in chosen.items():
+        first, same = seen.setdefault(_place(own[key]) or key, (key, value))
+        if same is not value and not torch.equal(same if same.shape == value.shape else same.T, value):
+            found.append(f"{key} is tied to {first}, and the file holds another value for it")
+    return found
+
+
 def _normal(key: str, own: Mapping[str, Tensor]) -> str:
     """Injected models' files have no prefix."""
     return key if key in own or f"{PREFIX}{key}" not in own else f"{PREFIX}{key}"
@@ -192,7 +230,7 @@ def _normal(key: str, own: Mapping[str, Tensor]) -> str:
 def _same_as_base(model: nn.Module, key: str, value: Tensor) -> bool:
     path, _, leaf = key.removeprefix(PREFIX).removesuffix(".weight").partition(".base_layer")
     try:
-        layer = frozen(model.get_submodule(path))
+        layer = frozen(at(model, path))
     except AttributeError:
         return False
     weight = getattr(layer, "weight", None)
@@ -215,9 +253,15 @@ def _message(group: Group, own: Mapping[str, Tensor], report: LoadReport, source
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 def save(path: Path, group: Group, values: Mapping[int, Tensor] | None = None) -> None:
+    """Write an adapter."""
+    config = group.config if group.adapter is not None else method_of(group.config).adapter.filed(group)
+    put(path, state(group, values), config)
+
+
+def put(path: Path, published: Mapping[str, Tensor], config: PeftConfig) -> None:
     """Write config and tensors, each in one step, and read the tensors back."""
     tensors, seen = {}, set()
-    for key, tensor in state(group, values).items():
+    for key, tensor in published.items():
         tensor = tensor.cpu().contiguous()
         if tensor.is_meta or tuple(tensor.shape) == (0,):
             raise BadCheckpoint(
@@ -228,7 +272,7 @@ def save(path: Path, group: Group, values: Mapping[int, Tensor] | None = None) -
         tensors[key] = tensor.clone() if tensor.data_ptr() in seen else tensor  # the format refuses shared memory
         seen.add(tensor.data_ptr())
     write(path / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    group.config.save_pretrained(path)
+    config.save_pretrained(path)
     for key, value in read(path).items():
         if not torch.equal(value.view(torch.uint8), tensors.pop(key).view(torch.uint8)):
             raise BadCheckpoint(f"{path / WEIGHTS_FILE}: {key} reads back differently; the disk or memory is failing")

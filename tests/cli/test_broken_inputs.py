@@ -181,7 +181,7 @@ CASES: list[tuple[Case, list[str]]] = [
     (misspelt_in_yaml, ["run.yaml:2", "Did you mean 'max_length'?"]),
     (wrong_target, ["q_prj", "Did you mean 'q_proj'?", "trimtab sites"]),
     (missing_model, ["tiny-lama", "tiny-llama"]),
-    (other_model, ["adapter", "gate_proj", "Fix: take the model that it was made for"]),
+    (other_model, ["adapter", "meets another base", "intermediate_size 48 there, 96 here", "Fix: load it on the base"]),
     (truncated, ["adapter_model.safetensors", "damaged", "copy it again"]),
     (truncated_start, ["adapter_model.safetensors", "damaged", "copy it again"]),
     (a_pickle, ["adapter_model.bin", "pickle", "safetensors"]),

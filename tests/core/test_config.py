@@ -46,6 +46,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"task_type": "CAUSAL"}, "Did you mean 'CAUSAL_LM'"),
     ("lora", {"lora_alpah": 3}, "Did you mean 'lora_alpha'"),
     ("lora", {"lora_bias": True, "use_dora": True}, "do not go together"),
+    ("lora", {"layers_pattern": "h"}, "layers_pattern='h' says where layers_to_transform counts"),
     ("oft", {"r": 2}, "give one of the two"),
     ("ia3", {"target_modules": ["a"], "feedforward_modules": ["b"]}, "'b' is not among"),
     ("vera", {"r": -1}, "r=-1"),

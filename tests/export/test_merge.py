@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.errors import ConfigError, NotMergeable
 from trimtab.export import merge as module
+from trimtab.export import stream
 from trimtab.export.merge import MergeReport, dense_base, find_source, merge
 from trimtab.model import PeftModel
 from trimtab.train import load
@@ -42,7 +43,14 @@ def test_a_merged_model_is_plain_and_says_the_same(tuned: Any, tmp_path: Path) -
     adapter = tuned()
     report, said = merged(adapter, tmp_path / "out")
     names = {f.name for f in (tmp_path / "out").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "merge_report.json"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "merge_report.json",
+        "README.md",
+    } <= names
     assert not any("adapter" in name for name in names)
     assert report.difference.relative < 1e-5 and report.difference.agreement == 1
     assert report.difference.probes == 7 and "verified" in said
@@ -119,3 +127,74 @@ def test_a_4_bit_run_merges_into_the_weights_it_was_trained_on(tuned: Any, tmp_p
     assert torch.equal(dense.state_dict()["lm_head.weight"], original.state_dict()["lm_head.weight"])
     report, _ = merged(adapter, tmp_path / "out")
     assert report.load_in_4bit and report.difference.relative < 1e-2 and report.difference.agreement > 0.97
+
+
+def stored_as(adapter: Path, place: Path, dtype: torch.dtype) -> tuple[Path, Path]:
+    """The adapter and its base, with the base stored in `dtype`."""
+    base = Path(shutil.copytree(find_source(adapter).base, place / "base"))
+    load.load_model(base, dtype=dtype).save_pretrained(base)
+    own = Path(shutil.copytree(adapter, place / "own"))
+    (own / "trimtab.json").unlink()
+    return own, base
+
+
+def test_shard_by_shard_is_the_same_as_whole(tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, base = stored_as(tuned(), tmp_path, torch.bfloat16)
+    whole: Any = PeftModel.from_pretrained(load.load_model(base, dtype=torch.float32), str(own))
+    want = whole.merge_and_unload().bfloat16().state_dict()
+    monkeypatch.setattr(stream, "SHARD", 10_000)
+    held: list[int] = []
+    flush = stream._Shards.flush
+    monkeypatch.setattr(stream._Shards, "flush", lambda self: (held.append(self.size), flush(self)))
+    report, _ = merged(own, tmp_path / "out", model=str(base), dtype="bfloat16")
+    files = sorted(f.name for f in (tmp_path / "out").glob("*.safetensors"))
+    assert report.shard_by_shard and len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    largest = max(t.numel() * 2 for t in want.values())
+    assert max(held) <= max(10_000, largest)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert plain.config.architectures == ["LlamaForCausalLM"] and plain.dtype == torch.bfloat16
+    assert all(torch.equal(plain.state_dict()[k], v) for k, v in want.items())
+    assert report.difference.relative < report.tolerance == 4e-2
+
+
+def test_the_layers_that_are_written_are_let_go(tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = tuned()
+    model: Any = PeftModel.from_pretrained(dense_base(find_source(adapter)), str(adapter))
+    base = model.get_base_model()
+    monkeypatch.setattr(stream, "SHARD", 10_000)
+    assert stream.write(model, find_source(adapter).base, torch.float32, tmp_path / "out")
+    left = {n for n, p in base.named_parameters() if p.device.type != "meta"}
+    assert left == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert not [m for m in base.modules() if hasattr(m, "adapters")]
+
+
+def test_names_that_differ_in_the_files_are_merged_whole(tuned: Any, tmp_path: Path) -> None:
+    adapter = tuned()
+    source = find_source(adapter)
+    model: Any = PeftModel.from_pretrained(dense_base(source), str(adapter))
+    model.get_base_model().extra = torch.nn.Linear(2, 2)
+    assert not stream.write(model, source.base, torch.float32, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_card_says_how_near_it_is(tuned: Any, tmp_path: Path) -> None:
+    report, _ = merged(tuned(), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        f"| {report.difference.probes} | {report.difference.positions:,} |" in text and "| 0.01 % | 100.0 % |" in text
+    )
+
+
+def test_float32_for_the_time_of_a_layer_is_float32(tuned: Any, tmp_path: Path) -> None:
+    own, base = stored_as(tuned(), tmp_path, torch.bfloat16)
+    models: list[Any] = [
+        PeftModel.from_pretrained(load.load_model(base, dtype=d), str(own)).eval()
+        for d in (torch.bfloat16, torch.float32)
+    ]
+    ids = torch.arange(12).view(1, 12)
+    before = {k: v.clone() for k, v in models[0].state_dict().items()}
+    with torch.no_grad(), stream.in_float32(models[0]):
+        near = models[0](input_ids=ids).logits
+    with torch.no_grad():
+        assert torch.allclose(near, models[1](input_ids=ids).logits, atol=1e-5) and near.dtype == torch.float32
+    assert all(v.dtype == before[k].dtype and torch.equal(v, before[k]) for k, v in models[0].state_dict().items())

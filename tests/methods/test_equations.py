@@ -115,8 +115,23 @@ def test_dropout_acts_in_training_alone_and_only_on_the_product() -> None:
         assert (site.eval()(x) - (x @ w.T + b)).abs().max() > 1e-3
 
 
-def test_ranks_that_do_not_divide_and_biases_that_are_not_there_are_refused() -> None:
+def test_ranks_that_do_not_divide_and_biases_of_embeddings_are_refused() -> None:
     with pytest.raises(NotSupported, match="no multiple of its 2 groups"):
         adapter("lora", nn.Conv1d(4, 4, 3, groups=2), r=3)
-    with pytest.raises(NotSupported, match="has no bias"):
-        adapter("lora", nn.Linear(4, 4, bias=False), r=2, lora_bias=True)
+    with pytest.raises(NotSupported, match="is an embedding"):
+        adapter("lora", nn.Embedding(4, 4), r=2, lora_bias=True)
+
+
+def test_a_layer_without_a_bias_is_merged_into_one_that_has_lora_s() -> None:
+    cfg = config_for("lora", target_modules=["0"], lora_bias=True)
+    model = get_peft_model(nn.Sequential(nn.Linear(IN, OUT, bias=False)), cfg)
+    layer: Any = model.get_base_model()[0]  # type: ignore[index]
+    with torch.no_grad():
+        layer.lora_B["default"].bias.normal_()
+    x, s = torch.randn(3, IN), 8 / 8
+    y = model(x)
+    assert torch.allclose(y, layer.base_layer(x) + s * layer.lora_B["default"].bias)
+    model.merge_adapter()
+    assert torch.allclose(model(x), y, atol=1e-6) and layer.base_layer.bias is not None
+    model.unmerge_adapter()
+    assert layer.base_layer.bias is None and torch.equal(model(x), y)

@@ -14,7 +14,7 @@ from test_adapters import lora
 
 import trimtab
 from trimtab import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from trimtab.errors import BadCheckpoint, ConfigError, NotSupported, TrimtabWarning
+from trimtab.errors import BadCheckpoint, ConfigError, NoMatch, NotSupported, TrimtabWarning
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -123,10 +123,7 @@ def test_unknown_keys_of_a_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"use_qalora": True},
-        {"alora_invocation_tokens": [1]},
-        {"eva_config": {"rho": 2.0}},
-        {"init_lora_weights": "pissa"},
+        {"megatron_config": {"tensor_model_parallel_size": 2}},
     ],
     ids=str,
 )
@@ -211,3 +208,29 @@ def test_plain_transformers_trainer_saves_the_adapter_alone(tmp_path: Path) -> N
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), checkpoint)), logits(model.eval()))
+
+
+def test_a_spent_handle_refuses_to_be_used(tmp_path: Path) -> None:
+    for spend in ("merge_and_unload", "unload"):
+        for through in ("", "base_model"):
+            model = get_peft_model(llama(), lora())
+            plain = getattr(getattr(model, through) if through else model, spend)()
+            uses: list[Any] = [
+                lambda m=model: m(IDS),
+                lambda m=model: m.generate(IDS),
+                lambda m=model: m.save_pretrained(tmp_path / "x"),
+                lambda m=model: m.state_dict(),
+                lambda m=model: list(m.parameters()),
+                lambda m=model: m.add_adapter("b", lora()),
+                lambda m=model: m.load_adapter(tmp_path, "b"),
+                lambda m=model: m.merge_and_unload(),
+                lambda m=model: m.set_adapter("x"),
+                lambda m=model: m.get_base_model(),
+                lambda m=model: m.print_trainable_parameters(),
+                lambda m=model: m.config,
+            ]
+            for use in uses:
+                with pytest.raises(NoMatch, match="go on with the model that merge_and_unload"):
+                    use()
+            assert "PeftModel" in repr(model) and not (tmp_path / "x").exists()
+            assert isinstance(plain(IDS).logits, torch.Tensor)

@@ -106,7 +106,7 @@ def test_biases_beside_a_head_are_saved_once_where_peft_writes_keys_that_no_one_
     close(logits(trimtab.PeftModel.from_pretrained(base("bert"), tmp_path / "ours"), "bert"), logits(us, "bert"), 0)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "bert"])
+@pytest.mark.parametrize("model", ["gpt2", "bert", "llama"])
 def test_exchange_of_a_bias_on_b(model: str, tmp_path: Path) -> None:
     exchange(model, *configs("lora", model, lora_bias=True, lora_alpha=32), tmp_path)
 

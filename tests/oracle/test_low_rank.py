@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import trimtab
 from trimtab.core.config import load
-from trimtab.core.targets import TARGETS
 from trimtab.errors import BadCheckpoint, ConfigError, NotSupported, TrimtabWarning
 from trimtab.methods._clusters import clusters
 from trimtab.methods.peanut import _ACTIVATIONS
+from trimtab.targets import TARGETS
 
 show = lambda v: "-".join(f"{k}={x}" for k, x in v.items()) or "plain" if isinstance(v, dict) else str(v)  # noqa: E731
 
@@ -43,6 +43,8 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "embedding": (lambda: nn.Embedding(11, 8), ()),
     "conv1d": (lambda: nn.Conv1d(8, 12, 3, dilation=2), (2, 8, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 4, 8, 7)),
+    "conv1d-plain": (lambda: nn.Conv1d(8, 12, 3), (2, 8, 9)),
+    "conv2d-plain": (lambda: nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 2)), (2, 4, 8, 7)),
     "conv2d-1x1": (lambda: nn.Conv2d(4, 8, 1, bias=False), (2, 4, 5, 5)),
     "conv2d-groups": (lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2), (2, 4, 6, 6)),
     "conv3d": (lambda: nn.Conv3d(4, 8, 2, stride=(1, 2, 1)), (2, 4, 4, 5, 4)),
@@ -127,6 +129,9 @@ GLORA: list[tuple[str, dict[str, Any], str]] = [
     ("glora", {"config_A_B": "none", "config_C": "lora", "config_D_E": "none"}, "linear"),
 ]
 LAYER: list[tuple[str, dict[str, Any], str]] = [
+    ("lora", {"r": 4, "lora_alpha": 12}, "linear wide conv1d-plain conv2d-plain conv2d-1x1 conv2d-groups conv3d"),
+    ("lora", {"r": 4, "lora_bias": True, "init_lora_weights": False, "use_rslora": True}, "wide conv2d-plain conv2d-groups"),
+    ("dora", {"r": 4, "lora_alpha": 12}, "linear wide conv1d-plain conv2d-plain conv2d-1x1 conv3d"),
     ("tinylora", {"u": 5}, "linear wide embedding"),
     ("pvera", {"r": 4}, "linear wide"),
     ("frod", {"progressbar": False, "sparse_rate": 0.2}, "linear wide"),

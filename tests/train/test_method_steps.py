@@ -8,16 +8,23 @@ from typing import Any
 import pytest
 import tiny_llama as tiny
 import torch
+from packed_runs import stemmed, trained
 from test_checkpoints import Stop
 from transformers import BertConfig, BertForSequenceClassification
 
 from trimtab.core.config import config_for
 from trimtab.core.group import group
 from trimtab.errors import TrainingError
+from trimtab.inject import get_peft_model_state_dict
 from trimtab.model import PeftModel, get_peft_model
 from trimtab.train.trainer import Trainer
 
 LEARNERS: dict[str, tuple[float, dict[str, Any]]] = {
+    "bdlora": (2e-2, {"use_bdlora": {"target_modules_bd_a": ["down"], "target_modules_bd_b": ["q_", "v_"], "nblocks": 2}}),
+    "kasa": (2e-2, {"kasa_config": {"beta": 0.0, "gamma": 0.0}}),
+    "monteclora": (2e-2, {"monteclora_config": {"kl_loss_weight": 0.0}}),
+    "qalora": (2e-2, {"qalora_group_size": 4}),
+    "velora": (2e-2, {"velora_config": {"num_groups": 4}}),
     "adalora": (2e-2, {"total_step": 8, "init_r": 6, "target_r": 4, "orth_reg_weight": 0.0}),
     "adamss": (2e-2, {"r": 8, "subspace_rank": 2}),
     "deft": (5e-3, {"r": 4}),
@@ -121,6 +128,40 @@ def test_a_budget_is_resumed_bit_for_bit(tmp_path: Path, method: str) -> None:
         assert torch.equal(tensor, tiny.tensors(resumed.model)[name]), name
 
 
+SEEN: dict[str, dict[str, Any]] = {  # what a run draws, and what it has seen, is part of its state
+    "monteclora": {"monteclora_config": {"sample_scaler": 0.1, "kl_loss_weight": 0.01}, "lora_dropout": 0.2},
+    "velora": {"velora_config": {"num_groups": 4, "init_type": "batch_average_once"}},
+}
+
+
+@pytest.mark.parametrize("method", SEEN)
+def test_noise_and_estimates_are_resumed_bit_for_bit(tmp_path: Path, method: str) -> None:
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = run(tmp_path / "whole", adapted(method, **SEEN[method]), **saving)
+    run(tmp_path / "part", adapted(method, **SEEN[method]), stop=3, **saving)
+    torch.manual_seed(99)
+    again = adapted(method, **SEEN[method])
+    resumed = run(tmp_path / "part", again, resume=tmp_path / "part" / "checkpoint-3", **saving)
+    assert tiny.losses(resumed) == tiny.losses(whole)
+    for key, tensor in get_peft_model_state_dict(whole.model).items():
+        assert torch.equal(tensor, get_peft_model_state_dict(resumed.model)[key]), key
+
+
+def test_penalties_of_variants_are_in_the_loss_by_themselves(tmp_path: Path) -> None:
+    model = adapted("kasa", kasa_config={"beta": 0.01, "gamma": 0.1})
+    penalty = group(model.get_base_model(), "default").penalty()
+    with torch.no_grad():
+        expected = tiny.one_by_one(model.eval(), tiny.rows(8)) + penalty
+    assert penalty > 1
+    found = tiny.losses(run(tmp_path / "kasa", model.train(), max_steps=2, learning_rate=1e-2))
+    assert found[0] == pytest.approx(expected.item(), abs=1e-4)
+    model = adapted("monteclora", monteclora_config={"kl_loss_weight": 1.0})
+    size = lambda: sum(p.square().sum().item() for n, p in model.named_parameters() if n.endswith("std_prior"))  # noqa: E731
+    before = size()
+    run(tmp_path / "monteclora", model, max_steps=6, learning_rate=5e-2)
+    assert size() < 0.7 * before  # towards the prior, exp(0) = 1
+
+
 def test_a_budget_that_is_told_too_late_says_so() -> None:
     model = adapted("adalora", **SETTINGS["adalora"])
     ids = torch.tensor([tiny.rows(1)[0].input_ids])
@@ -159,3 +200,58 @@ def test_a_penalty_is_in_the_loss_of_an_encoder_too(tmp_path: Path) -> None:
     trainer = Trainer(model=model.train(), args=arguments, train_dataset=rows)
     trainer.train()
     assert tiny.losses(trainer)[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_method_s_own_loss_is_what_is_trained(tmp_path: Path) -> None:
+    """CPT counts the labels of its context too."""
+    torch.manual_seed(3)
+    context = {"cpt_token_ids": [4, 9, 3, 8], "cpt_tokens_type_mask": [1, 2, 3, 4], "opt_projection_epsilon": 9.0}
+    model = get_peft_model(tiny.llama(), config_for("cpt", task_type="CAUSAL_LM", **context)).eval()
+    with torch.no_grad():
+        batch = tiny.collate(tiny.rows(8)[:2])
+        alone, expected = tiny.llama()(**batch).loss, model(**batch).loss
+    over = dict(max_steps=6, learning_rate=5e-2, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    arguments = tiny.arguments(tmp_path, **over)
+    rows = tiny.rows(8)[:2]
+    trainer = Trainer(model=model.train(), args=arguments, train_dataset=rows, data_collator=tiny.collate)
+    trainer.train()
+    found = tiny.losses(trainer)
+    assert found[0] == pytest.approx(expected.item(), abs=1e-5) and abs(expected - alone) > 1e-2
+    assert found[-1] < found[0] - 0.005
+
+
+AROUND: dict[str, tuple[float, dict[str, Any]]] = {
+    "adaption_prompt": (5e-2, {"adapter_len": 4, "adapter_layers": 2}),
+    "bottleneck": (2e-2, {"reduction_factor": 4}),
+    "compacter": (5e-2, {"reduction_factor": 4, "phm_init_range": 0.1}),
+    "loreft": (5e-2, {"r": 4, "dropout": 0.0, "prefix_positions": 8}),
+    "p_tuning": (2e-2, {"num_virtual_tokens": 4}),
+    "multitask_prompt_tuning": (2e-1, {"num_virtual_tokens": 4}),
+    "cartridge": (5e-2, {"num_virtual_tokens": 4}),
+}
+
+
+@pytest.mark.parametrize("method", AROUND)
+def test_a_method_around_blocks_or_the_model_learns_from_the_loss_of_each_row(tmp_path: Path, method: str) -> None:
+    rate, options = AROUND[method]
+    torch.manual_seed(3)
+    model = get_peft_model(tiny.llama(), config_for(method, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        expected = tiny.one_by_one(model.eval(), tiny.rows(8)).item()
+    found = tiny.losses(run(tmp_path, model.train(), max_steps=8, learning_rate=rate))
+    assert found[0] == pytest.approx(expected, abs=1e-5)
+    assert found[-1] < found[0] - 0.005
+
+
+@pytest.mark.parametrize("method", ["adaption_prompt", "bottleneck", "compacter", "loreft"])
+def test_packs_with_shared_beginnings_have_the_loss_of_each_row(tmp_path: Path, method: str) -> None:
+    rate, options = AROUND[method]
+    model = get_peft_model(tiny.llama(), config_for(method, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape) if p.requires_grad else 0.0)
+        expected = tiny.one_by_one(model.eval(), stemmed(8)).item()
+        with model.disable_adapter():
+            assert abs(tiny.one_by_one(model, stemmed(8)).item() - expected) > 1e-3
+    found = tiny.losses(trained(tmp_path, stemmed(8), model.train(), max_steps=4, learning_rate=rate))
+    assert found[0] == pytest.approx(expected, abs=1e-4) and found[-1] < found[0]

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from trimtab.cli import chat, data, demo, merge, methods, screen, sites, train
+from trimtab.cli import chat, data, demo, doctor, merge, methods, screen, sites, train
 
-_DAY = ("demo", "data", "train", "chat", "merge", "methods", "sites")
+_DAY = ("demo", "data", "train", "chat", "merge", "doctor", "methods", "sites")
 
 
 class Commands(TyperGroup):
@@ -52,6 +52,7 @@ app.add_typer(_data, name="data")
 _data.command("check", cls=Generated, add_help_option=False)(data.check)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.command("doctor")(doctor.doctor)
 app.command("methods")(methods.methods)
 app.command("sites", cls=Generated, add_help_option=False)(sites.sites)
 

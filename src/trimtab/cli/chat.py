@@ -28,13 +28,14 @@ def chat(
     model: Annotated[str | None, typer.Option("--model", help="the base, if it is not where the adapter says")] = None,
     system: Annotated[str | None, typer.Option("--system", help="a system message that opens the conversation")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="longest answer in tokens")] = 256,
+    allow_pickle: Annotated[bool, typer.Option("--allow_pickle", help="read adapter_model.bin, if you trust it")] = False,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest answer")] = 0.0,
 ) -> None:
     """Talk to an adapter. Inside: /base, /reset, /exit, /help. From a pipe, each line is a question."""
     from trimtab.serve.chat import open_chat
 
     settings = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    talk = open_chat(adapter, model=model, **settings)
+    talk = open_chat(adapter, model=model, allow_pickle=allow_pickle, **settings)
     piped = not sys.stdin.isatty()
     if not piped:
         screen.say(f"{adapter}: ask something; /help shows the commands", style="dim")

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from trimtab.errors import BadCheckpoint, ConfigError, NotSupported, TrimtabWarning, nearest
+from trimtab.files import read_json, write_text
+from trimtab.typed import check
 
 FORMAT = "0.21.2"  # the version of the published file format that is written
 CONFIG_FILE = "adapter_config.json"
@@ -34,7 +36,8 @@ class TaskType(str, Enum):
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to;
-    `choices`: values that the contract tries, beside true and false."""
+    `choices`: values that the contract tries, beside true and false; `holds`: where the class stands whose options it is;
+    `place`: a file of `methods` with hooks, see `places`."""
     make: Any = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"help": help, **more})
 
@@ -56,16 +59,23 @@ class PeftConfig:
             self.task_type = one_of(
                 "task_type", getattr(self.task_type, "value", self.task_type), [t.value for t in TaskType]
             )
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if "holds" in f.metadata and value is not None and value is not False:
+                setattr(self, f.name, _held(f.name, value, f.metadata["holds"]))
+
+    def places(self, model: Any) -> list[str] | str | None:
+        """The targets, where the config names them in a way of its own; none: `target_modules`, or the tables."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         sets: dict[str, set[str]] = {k: v for k, v in values.items() if isinstance(v, set)}
-        return {"peft_type": self.peft_type} | values | {k: sorted(v) for k, v in sets.items()}
+        nested = {k: dataclasses.asdict(cast(Any, v)) for k, v in values.items() if dataclasses.is_dataclass(v)}
+        return {"peft_type": self.peft_type} | values | nested | {k: sorted(v) for k, v in sets.items()}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`: keys sorted, `inference_mode` true, so that loading gives a frozen adapter."""
-        from trimtab.files import write_text
-
         text = json.dumps(self.to_dict() | {"inference_mode": True}, indent=2, sort_keys=True)
         write_text(Path(save_directory) / CONFIG_FILE, text + "\n")
 
@@ -86,7 +96,9 @@ class PeftConfig:
             )
         if unknown:
             warnings.warn(f"{where}: ignored without effect: {', '.join(sorted(unknown))}", TrimtabWarning)
-        return cls(**{k: v for k, v in values.items() if k in names})
+        known = {k: v for k, v in values.items() if k in names}
+        check(cls, known, where)
+        return cls(**known)
 
     @classmethod
     def from_pretrained(
@@ -96,18 +108,25 @@ class PeftConfig:
         path = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_FILE)
         if not path.is_file():
             raise BadCheckpoint(f"no {CONFIG_FILE} in {path.parent}: is this an adapter folder?")
-        try:
-            read: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BadCheckpoint(f"{path}: not JSON ({error})") from None
-        if not isinstance(read, dict):
-            raise BadCheckpoint(f"{path}: a JSON object is expected, found {type(read).__name__}")
-        values = cast("dict[str, Any]", read)
+        values = read_json(path)
         known = {k: v for k, v in kwargs.items() if values.get(k) is None}
         config = cls.from_dict(values | known, str(path))
         if not isinstance(config, cls):
             raise ConfigError(f"{path}: holds a {type(config).__name__}, not a {cls.__name__}")
         return config
+
+
+def _held(name: str, value: Any, place: str) -> Any:
+    """The options that a field holds: an object of the class at `place`, from a dict, or from true: all as they are."""
+    module, _, kind = place.rpartition(".")
+    cls: Any = getattr(importlib.import_module(f"trimtab.{module}"), kind)
+    given: Any = {} if value is True else value
+    if not isinstance(given, (dict, cls)):
+        raise ConfigError(f"{name}={value!r}: it is a {kind}, or a mapping of its options")
+    names = [f.name for f in fields(cls)]
+    if unknown := [k for k in cast("dict[str, Any]", given) if k not in names] if isinstance(given, dict) else []:
+        raise ConfigError(f"{name} has no option {unknown[0]!r}.{nearest(unknown[0], names)} It has: {', '.join(names)}")
+    return cls(**given) if isinstance(given, dict) else given
 
 
 def default_like(value: Any) -> bool:
@@ -150,6 +169,11 @@ class Excludes(PeftConfig):
 class Layers(PeftConfig):
     layers_to_transform: list[int] | int | None = option(None, "only these layer numbers")
     layers_pattern: list[str] | str | None = option(None, "name of the list of layers, where it is not found")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts: give both")
 
 
 @dataclass(kw_only=True)
@@ -215,9 +239,9 @@ def load(name: str) -> Method:
     return _methods[key]
 
 
-def modules() -> list[str]:
-    """The modules of all methods."""
-    places = [(p, importlib.import_module(p).__path__) for p in ("trimtab.methods", "trimtab.methods.prompt")]
+def modules(*packages: str) -> list[str]:
+    """The modules of all methods, or of these packages."""
+    places = [(p, importlib.import_module(p).__path__) for p in packages or ("trimtab.methods", "trimtab.methods.prompt")]
     found = [(package, module) for package, path in places for module in pkgutil.iter_modules(path)]
     return [f"{package}.{m.name}" for package, m in found if not m.ispkg and not m.name.startswith("_")]
 
@@ -240,6 +264,14 @@ def method_of(cfg: PeftConfig) -> Method:
     if importlib.util.find_spec(f"trimtab.methods.{name}") is None:
         raise NotSupported(f"{switched[0].name}={getattr(cfg, switched[0].name)!r} is not supported by this version")
     return load(name)
+
+
+def places(cfg: PeftConfig, hook: str) -> list[Any]:
+    """The functions called `hook` in the files that the fields which are set name as `place`: `prepare` changes the model's
+    shape, `sites` finds more sites than the targets, `extend` puts more adapters into the plan."""
+    found = [f.metadata["place"] for f in fields(cfg) if "place" in f.metadata and not default_like(getattr(cfg, f.name))]
+    files = [importlib.import_module(f"trimtab.methods.{name}") for name in dict.fromkeys(found)]
+    return [getattr(file, hook) for file in files if hasattr(file, hook)]
 
 
 def config_class(name: str) -> type[PeftConfig]:

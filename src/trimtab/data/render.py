@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2.exceptions import SecurityError
+
+from trimtab.data import sandbox
 from trimtab.data.conversation import Conversation
 from trimtab.data.encode import Encoded, Encoder, Example, Rendering
 from trimtab.data.layout import Layout, TemplateRefused
@@ -163,8 +166,11 @@ class Renderer:
 
     def _render(self, messages: list[Message], tools: list[Message] | None, opened: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.chat_template, add_generation_prompt=opened, tokenize=False)
+            return sandbox.render(self.tokenizer, messages, tools, self.chat_template, opened)
+        except SecurityError as error:  # at once, for every row would take as long
+            raise DataError(
+                f"the chat template was stopped: {error}. Fix: another chat_template (--chat_template chatml)"
+            ) from None
         except Exception as error:  # a template is a program of somebody else's: it may raise anything
             raise TemplateRefused(f"the chat template refuses it: {error or type(error).__name__}") from error
 

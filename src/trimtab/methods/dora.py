@@ -18,6 +18,8 @@ class DoRA(Adapter):
     |V| (out): the norm of each output row, a constant for the gradient (section 4.3). m (out) starts at |V|, so W' = W.
     """
 
+    pack, unpack, filed = LoRA.pack, LoRA.unpack, LoRA.filed
+
     def __init__(self, cfg: LoraConfig, site: Site) -> None:
         super().__init__()
         self.lora = LoRA(cfg, site)

@@ -95,20 +95,20 @@ class _Pieces(TextStreamer):
             self.show(text)
 
 
-def open_chat(folder: str | Path, *, model: str | None = None, **settings: Any) -> Chat:
+def open_chat(folder: str | Path, *, model: str | None = None, allow_pickle: bool = False, **settings: Any) -> Chat:
     """A chat with the adapter in `folder`, on the base it names (or `model`), or with a plain model folder."""
     path = Path(folder).expanduser()
     plain = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
-    return (_plain if plain else _tuned)(path, model, settings)
+    return _plain(path, settings) if plain else _tuned(path, model, allow_pickle, settings)
 
 
-def _plain(path: Path, model: str | None, settings: dict[str, Any]) -> Chat:
+def _plain(path: Path, settings: dict[str, Any]) -> Chat:
     hardware = pick("auto")
     loaded = load_model(model_folder(str(path)), dtype=hardware.dtype, device=hardware.device)
     return Chat(loaded, Renderer(load_tokenizer(path)), **settings)
 
 
-def _tuned(path: Path, model: str | None, settings: dict[str, Any]) -> Chat:
+def _tuned(path: Path, model: str | None, allow_pickle: bool, settings: dict[str, Any]) -> Chat:
     if not path.is_dir():
         raise BadCheckpoint(f"no adapter folder {str(path)!r} is here (looked in {Path.cwd()})")
     try:
@@ -119,4 +119,4 @@ def _tuned(path: Path, model: str | None, settings: dict[str, Any]) -> Chat:
     own = path if (path / "tokenizer_config.json").is_file() else source.base
     renderer = Renderer(load_tokenizer(own))
     base = load_model(source.base, dtype=source.dtype, device=pick("auto").device, load_in_4bit=source.load_in_4bit)
-    return Chat(PeftModel.from_pretrained(base, path), renderer, **settings)
+    return Chat(PeftModel.from_pretrained(base, path, allow_pickle=allow_pickle), renderer, **settings)

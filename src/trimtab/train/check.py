@@ -16,7 +16,7 @@ from trimtab.data.sources import find
 from trimtab.errors import ConfigError, TrimtabError, nearest
 from trimtab.files import try_folder
 from trimtab.model import get_peft_model
-from trimtab.train import batches, checkpoint, load
+from trimtab.train import batches, checkpoint, load, low_rank
 from trimtab.train.options import TrainOptions
 
 AT_LEAST = {
@@ -34,6 +34,8 @@ AT_LEAST = {
     "save_steps": 1,
     "save_total_limit": 1,
     "early_stopping_patience": 1,
+    "loraplus_lr_embedding": 0,
+    "riemannian_reg": 0,
     "stop_after_nonfinite": 1,
 }
 # those of transformers that need no settings of their own
@@ -114,8 +116,13 @@ def _choices(o: TrainOptions) -> Iterator[str]:
         known = f"{nearest(o.lr_scheduler_type, SCHEDULES)} Known: {', '.join(SCHEDULES)}"
         yield f"lr_scheduler_type {o.lr_scheduler_type!r} is not known.{known}"
     optimizers = [member.value for member in OptimizerNames]
-    if o.optim not in optimizers:
-        yield f"optim {o.optim!r} is not one of transformers' optimizers.{nearest(o.optim, optimizers)}"
+    if o.optim not in optimizers and o.optim not in low_rank.OPTIONS:
+        ours = f"{', '.join(low_rank.OPTIONS)}, or one of transformers' optimizers"
+        yield f"optim {o.optim!r} is not {ours}.{nearest(o.optim, [*low_rank.OPTIONS, *optimizers])}"
+    for name, own in low_rank.OPTIONS.items():
+        for option in own if o.optim != name else {}:
+            if getattr(o, option) is not None:
+                yield f"{option} is an option of optim {name}, and optim is {o.optim}"
 
 
 def _evaluation(o: TrainOptions) -> Iterator[str]:

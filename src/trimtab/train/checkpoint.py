@@ -13,6 +13,7 @@ import json
 import shutil
 import warnings
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def kept(model: nn.Module) -> dict[str, Tensor]:
     seen = {id(t) for t in found.values()}
     for path, module in model.named_modules():
         if isinstance(module, Adapter | ModelAdapter) and any(p.requires_grad for p in module.parameters()):
-            own = module.state_dict(keep_vars=True) | {n: getattr(module, n) for n in getattr(module, "remembers", ())}
+            own = module.state_dict(keep_vars=True) | {n: attrgetter(n)(module) for n in getattr(module, "remembers", ())}
             for name, tensor in own.items():
                 if id(tensor) not in seen:  # what sites share is a child of each
                     found[f"{path}.{name}"] = tensor

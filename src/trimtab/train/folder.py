@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trimtab import origin
+from trimtab.data import Renderer
 from trimtab.files import sync, write, write_text
+from trimtab.train.talks import check_saved
 
 METRICS, PICTURE, SAMPLES, RUN = "metrics.jsonl", "loss.png", "samples.jsonl", "run.json"
-RESULTS = ("adapter_config.json", "adapter_model.safetensors", METRICS, PICTURE, SAMPLES, RUN)
+RESULTS = ("adapter_config.json", "adapter_model.safetensors", origin.FILE, METRICS, PICTURE, SAMPLES, RUN)
 
 
 class RunFolder:
@@ -55,12 +58,14 @@ class RunFolder:
             if place.is_dir() and not any(place.iterdir()):
                 place.rmdir()
 
-    def finish(self, model: Any, tokenizer: Any) -> None:
-        """Write adapter, tokenizer and template beside the rest; each file appears whole."""
+    def finish(self, model: Any, renderer: Renderer) -> None:
+        """Write adapter, tokenizer and template beside the rest; each file appears whole. What is written renders as
+        training did, or this raises and leaves the adapter in `.result.partial`."""
         partial = self.path / ".result.partial"
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        renderer.tokenizer.save_pretrained(partial)
+        check_saved(partial, renderer)
         for file in sorted(partial.iterdir()):
             sync(file)
             file.replace(self.path / file.name)

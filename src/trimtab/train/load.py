@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import ConfigError, nearest
+from trimtab.headers import header, shards
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -64,6 +65,9 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    if Path(name).is_dir():
+        for file in shards(Path(name)):
+            header(file)  # a damaged file is named, and no index leads out of the folder
     more: dict[str, Any] = {"quantization_config": nf4(dtype)} if load_in_4bit else {}
     if load_in_4bit or torch.device(device).type != "cpu":
         more["device_map"] = {"": str(device)}

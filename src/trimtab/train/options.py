@@ -60,7 +60,14 @@ class TrainOptions:
     warmup_ratio: float = option(0.03, "share of the steps that warm up", group="Optimisation")
     weight_decay: float = option(0.0, "decoupled weight decay", group="Optimisation")
     max_grad_norm: float = option(1.0, "clip the gradient's norm; 0: never", group="Optimisation")
-    optim: str = option("adamw_torch_fused", "optimizer, a name of transformers", group="Optimisation")
+    optim: str = option(
+        "adamw_torch_fused", "optimizer: loraplus, lorafa, riemannian, or a name of transformers", group="Optimisation"
+    )
+    loraplus_lr_ratio: float | None = option(None, "loraplus: how much faster B learns (default: 16)", group="Optimisation")
+    loraplus_lr_embedding: float | None = option(
+        None, "loraplus: learning rate of adapters on embeddings (default: 1e-6)", group="Optimisation"
+    )
+    riemannian_reg: float | None = option(None, "riemannian: damping (default: 0.01)", group="Optimisation")
     seed: int = option(42, "of everything random", group="Run")
     # run
     logging_steps: int = option(1, "steps between lines of metrics.jsonl", group="Run")

@@ -18,8 +18,8 @@ from trimtab.data import Prepared, Renderer, prepare
 from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
-from trimtab.model import PeftModel, checkpoint_activations, get_peft_model
-from trimtab.train import batches, checkpoint, layouts, load, picture, samples
+from trimtab.model import PeftModel, checkpoint_activations
+from trimtab.train import batches, checkpoint, layouts, load, low_rank, picture, samples, talks
 from trimtab.train.audits import trainable
 from trimtab.train.batches import Together
 from trimtab.train.callbacks import MetricsFile, ProgressBar, clock, read_metrics
@@ -69,7 +69,7 @@ def job(options: TrainOptions, console: Console) -> Job:
     tokenizer = load.load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     renderer, data = _data(options, tokenizer, say)
     set_seed(options.seed)  # before the adapter is created: its start is part of the run
-    model = _model(options, folder, hardware)
+    model = _model(options, folder, hardware, data, tokenizer.pad_token_id)
     _tell_model(model, options, say)
     return Job(options, console, say, hardware, renderer, data, model)
 
@@ -107,10 +107,11 @@ def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prep
     say.line("loss on", f"{turns}; {own}, {ends}")
     if renderer.chat_template is not None:
         tokenizer.chat_template = renderer.chat_template  # so that the adapter folder renders as training did
+    talks.try_saving(renderer)
     return renderer, data
 
 
-def _model(o: TrainOptions, folder: Path, hardware: Hardware) -> PeftModel:
+def _model(o: TrainOptions, folder: Path, hardware: Hardware, data: Prepared, pad: int) -> PeftModel:
     base = load.load_model(
         folder,
         dtype=hardware.dtype,
@@ -125,7 +126,7 @@ def _model(o: TrainOptions, folder: Path, hardware: Hardware) -> PeftModel:
         checkpoint_activations(base)
     if o.init_adapter is not None:
         return PeftModel.from_pretrained(base, str(Path(o.init_adapter).expanduser()), is_trainable=True)
-    return get_peft_model(base, config_for(o.adapter, **adapter_options(o)))
+    return low_rank.adapted(base, config_for(o.adapter, **adapter_options(o)), folder, data, pad)
 
 
 def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
@@ -170,7 +171,7 @@ class Job:
             device=hardware.device.type,
             trainable_parameters=model.get_nb_trainable_parameters()[0],
             data=data.ledger.as_dict(),
-            template={"fingerprint": renderer.fingerprint, "end_of_turn": renderer.end_of_turn},
+            template=talks.record(renderer, data.train),
             options=asdict(options) | {"learning_rate": self.rate},
         )
 
@@ -205,6 +206,8 @@ class Job:
             processing_class=self.renderer.tokenizer,
             callbacks=callbacks,
             packing=self.packing,
+            optim=o.optim if o.optim in low_rank.OPTIONS else None,
+            optim_options=asdict(o),
             stop_after_nonfinite=o.stop_after_nonfinite,
         )
         trainer.remove_callback(PrinterCallback)
@@ -233,7 +236,7 @@ class Job:
             warmup_steps=warmup,
             weight_decay=o.weight_decay,
             max_grad_norm=o.max_grad_norm,
-            optim=o.optim,
+            optim=TrainOptions.optim if o.optim in low_rank.OPTIONS else o.optim,
             seed=o.seed,
             train_sampling_strategy="random" if o.shuffle else "sequential",
             logging_steps=o.logging_steps,
@@ -327,7 +330,7 @@ class Job:
         title = f"{self.record.adapter} on {Path(self.record.model).name}: {totals.examples:,} examples"
         picture.draw(metrics, self.path / PICTURE, title)
         samples.write(self.samples, self.path / SAMPLES)
-        self.folder.finish(self.model, self.renderer.tokenizer)
+        self.folder.finish(self.model, self.renderer)
         self._write("completed")
         self._tell_result()
 

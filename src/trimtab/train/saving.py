@@ -190,6 +190,7 @@ def _own(trainer: Any, folder: Path) -> dict[str, Any]:
 def signature(trainer: Any, adapters: dict[str, Any], *, steps: bool = True) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
     run = same.schedule(trainer.args, trainer.state.max_steps, trainer.get_total_train_batch_size(trainer.args))
+    run |= trainer.optim_said
     if not steps:
         run.pop("steps")  # not known before the data are laid out
     template = same.template(trainer.processing_class)

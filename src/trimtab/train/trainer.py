@@ -21,7 +21,7 @@ from trimtab.core.group import Group, groups
 from trimtab.data import Example
 from trimtab.errors import TrainingError
 from trimtab.model import PeftModel
-from trimtab.train import checkpoint, layouts, same, saving
+from trimtab.train import checkpoint, layouts, low_rank, same, saving
 from trimtab.train.audits import StepAudit, some_labels, trainable
 from trimtab.train.batches import EXAMPLES, ROWS, Collator, Together
 from trimtab.train.checkpoint import Counts
@@ -37,7 +37,8 @@ class Trainer(transformers.Trainer):
 
     Rows of a decoder model that are `Example`s, or hold `input_ids` and `labels`, need no data_collator: they are laid out
     in packs, by `packing` where it is given, or padded where the engine does not take the model. One line says which.
-    Batches of a data_collator of the caller's go through the model as they are.
+    Batches of a data_collator of the caller's go through the model as they are. `optim` is loraplus, lorafa or riemannian, with
+    `optim_options`; for others it is in the arguments.
     """
 
     model: Any
@@ -45,12 +46,16 @@ class Trainer(transformers.Trainer):
     optimizer: Any
 
     def __init__(
-        self, *args: Any, packing: Packing | None = None, stop_after_nonfinite: int = IN_A_ROW, **kwargs: Any
-    ) -> None:
+        self, *args: Any, packing: Packing | None = None, stop_after_nonfinite: int = IN_A_ROW, optim: str | None = None,
+        optim_options: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         base: Any = self.base()
         another = self.compute_loss_func is not None or self.label_smoother is not None
-        self.decoder = not another and predicts_next(base)
+        own = any(g.adapter is not None and g.adapter.own_loss for g in groups(base).values())
+        self.decoder = not (another or own) and predicts_next(base)
+        if own:  # a mean over tokens that no label of the batch tells
+            self.model_accepts_loss_kwargs = False
         self._sparse = self.decoder and takes_positions(base.forward)
         if self.decoder:
             self.label_names = ["labels"]
@@ -64,6 +69,9 @@ class Trainer(transformers.Trainer):
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep gradients where they cannot be read
             self.add_callback(StepAudit(lambda: self.skipped.now))
         self.add_callback(_Steps(self))
+        self.optim_said = {} if optim is None else {"optim": f"{optim} {low_rank.chosen(optim, optim_options)}"}
+        if optim is not None:
+            self.optimizer = low_rank.optimizer(optim, self.base(), self.args, optim_options)
         self.counts = Counts()
         self.skipped, self._limit = Skipped(stop_after_nonfinite), stop_after_nonfinite
         self._trained: dict[str, Any] = {}
