@@ -57,8 +57,10 @@ class Skipped:
         where = f"step {trainer.state.global_step + 1}: "
         if self.bad:
             what = f"{where}the loss is not finite for {some(self.bad)} ({len(self.bad)} of the step's {len(self.rows)} rows)"
+        elif wrong:
+            what = f"{where}the gradient's norm is {norm:g} over the rows {some(self.rows)}"
         else:
-            what = f"{where}the gradient's norm is {float(norm or 0)} over the rows {some(self.rows)}"
+            what = f"{where}the loss is not finite for rows of another rank"
         if self.counts.in_a_row >= self.limit or trainer.is_deepspeed_enabled:  # which has taken the step by now
             times = f"; {self.counts.in_a_row} such steps in a row" if self.counts.in_a_row > 1 else ""
             raise TrainingError(
