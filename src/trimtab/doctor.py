@@ -87,7 +87,7 @@ class Patient:
         value: Any = self.record
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
 
     def part(self, *path: str) -> dict[str, Any]:
         """An object of the run's record; an empty one where it is missing."""
@@ -266,7 +266,8 @@ def _loss(p: Patient) -> Found:
     fell = f"the loss went from {first:.4g} to {last:.4g}"
     steps = p.number("steps") or len(p.losses)
     if p.record.get("status") == "failed":
-        return "cause", f"the run failed after {int(steps):,} steps: {str(p.record.get('error'))[:200]}", "mend it, and run again"
+        why = str(p.record.get("error"))[:200]
+        return "cause", f"the run failed after {int(steps):,} steps: {why}", "mend it, and run again"
     if steps < FEW:
         return "cause", f"the run took {int(steps)} steps ({fell})", "more rows, more epochs, or a smaller --batch_size"
     if last >= first:

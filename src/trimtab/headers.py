@@ -72,7 +72,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _claim(file: Path, name: str, said: Any, start: int) -> Claim:
     row: dict[str, Any] = said if isinstance(said, dict) else {}
-    dtype, shape, offsets = (row.get(k) for k in ("dtype", "shape", "data_offsets"))
+    dtype: Any = row.get("dtype")
+    shape: Any = row.get("shape")
+    offsets: Any = row.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise damaged(file, f"{name[:100]!r} has the dtype {str(dtype)[:40]!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
@@ -80,7 +82,8 @@ def _claim(file: Path, name: str, said: Any, start: int) -> Claim:
     begin, end = offsets
     bits = math.prod(shape) * BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
-        raise damaged(file, f"{name[:100]!r} claims {bits // 8:,} bytes by its shape {shape} and {end - begin:,} by its offsets")
+        sizes = f"{bits // 8:,} bytes by its shape {shape} and {end - begin:,} by its offsets"
+        raise damaged(file, f"{name[:100]!r} claims {sizes}")
     return Claim(dtype, tuple(shape), start + begin, start + end)
 
 
@@ -121,7 +124,11 @@ def inside(folder: Path, name: str, where: str) -> Path:
     if parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name or not name.strip():
         raise BadCheckpoint(f"{folder / where} names {name[:200]!r}, which lies outside of the folder: it was not opened")
     path = folder / parts
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
         raise BadCheckpoint(f"{folder / where} names {name[:200]!r}, which is not there: is the download complete?")
     return path
 

@@ -170,7 +170,7 @@ class PeftModel(Verbs):
             raise ConfigError("this model carries adapters already; load_adapter puts another one beside them")
         new.base_model = Tuner(model)
         kwargs |= {"is_trainable": is_trainable, "autocast_adapter_dtype": autocast_adapter_dtype, "config": config}
-        new.load_report = new.load_adapter(path, adapter_name, **kwargs)
+        new.__dict__["load_report"] = new.load_adapter(path, adapter_name, **kwargs)
         groups.activate(model, adapter_name, trainable=is_trainable)
         return new if is_trainable else new.eval()
 

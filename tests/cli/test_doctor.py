@@ -172,7 +172,7 @@ def test_a_healthy_adapter(healthy: Path, run: Callable) -> None:
 def test_the_command_names_cause_and_fix_and_exits_1(folder: Path, run: Callable) -> None:
     never_trained(folder)
     result = run("doctor", folder)
-    assert result.exit_code == 1 and result.exception is None or isinstance(result.exception, SystemExit), result.output
+    assert (result.exit_code == 1 and result.exception is None) or isinstance(result.exception, SystemExit), result.output
     last = [line for line in result.output.splitlines() if line.strip()][-2:]
     assert last[0].startswith("cause     change: the adapter changes nothing") and last[1].startswith("fix       a higher")
 

@@ -110,8 +110,8 @@ def find_source(adapter: Path, model: str | None = None) -> Source:
     """Read the adapter's config and run record; `model` says where the base is now."""
     config = PeftConfig.from_pretrained(adapter)
     record = _record(adapter)
-    name = model or config.base_model_name_or_path or record.get("model")
-    if not name:
+    name: Any = model or config.base_model_name_or_path or record.get("model")
+    if not name or not isinstance(name, str):
         raise ConfigError(f"{adapter} does not say what its base is: --model FOLDER")
     base = load.model_folder(name)
     options: Any = record.get("options")
@@ -189,8 +189,8 @@ def card(report: MergeReport) -> str:
     d, four_bit = report.difference, ", in 4 bit as it was trained on" * report.load_in_4bit
     return (
         f"---\nlibrary_name: transformers\nbase_model: {json.dumps(report.base)}\ntags: [trimtab, merged]\n---\n\n"
-        f"# {report.output_dir.name}\n\nThe adapter `{report.adapter}` merged into `{report.base}`{four_bit}: summed in float32, "
-        f"rounded once to {report.dtype}.\n\nCompared with the adapter on its base before it was kept "
+        f"# {report.output_dir.name}\n\nThe adapter `{report.adapter}` merged into `{report.base}`{four_bit}: summed in "
+        f"float32, rounded once to {report.dtype}.\n\nCompared with the adapter on its base before it was kept "
         f"(`{REPORT}` has the figures):\n\n"
         "| probes | positions | largest difference of a logit | mean difference | ... of the logits' spread | allowed "
         "| same first choice |\n|---|---|---|---|---|---|---|\n"
