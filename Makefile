@@ -2,6 +2,7 @@
 #   make demo     rows in, a tuned model out, in minutes on a CPU
 #   make test     the tests
 #   make check    style, types, layers and sizes
+#   make fuzz     files that no one should write, for minutes: FUZZ_FLAGS="--seconds 600"
 #   make bench    the figures of the README
 #   make docs     docs/methods.md again, from the methods that are there
 # On Linux, PyPI's torch is the CUDA build. For the smaller CPU build:
@@ -12,12 +13,13 @@ VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+FUZZ_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check fuzz bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)-demo
@@ -30,6 +32,9 @@ check: $(STAMP)-test
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_budgets.py
+
+fuzz: $(STAMP)-test
+	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_FLAGS)
 
 bench: $(STAMP)-bench
 	$(BIN)/python bench/run.py $(BENCH_FLAGS)

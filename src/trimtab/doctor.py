@@ -87,7 +87,7 @@ class Patient:
         value: Any = self.record
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
 
     def part(self, *path: str) -> dict[str, Any]:
         """An object of the run's record; an empty one where it is missing."""

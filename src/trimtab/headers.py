@@ -82,7 +82,8 @@ def _claim(file: Path, name: str, said: Any, start: int) -> Claim:
     begin, end = offsets
     bits = math.prod(shape) * BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
-        raise damaged(file, f"{name[:100]!r} claims {bits // 8:,} bytes by its shape {shape}, {end - begin:,} by its offsets")
+        sizes = f"{bits // 8:,} bytes by its shape {shape} and {end - begin:,} by its offsets"
+        raise damaged(file, f"{name[:100]!r} claims {sizes}")
     return Claim(dtype, tuple(shape), start + begin, start + end)
 
 
@@ -123,7 +124,11 @@ def inside(folder: Path, name: str, where: str) -> Path:
     if parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name or not name.strip():
         raise BadCheckpoint(f"{folder / where} names {name[:200]!r}, which lies outside of the folder: it was not opened")
     path = folder / parts
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
         raise BadCheckpoint(f"{folder / where} names {name[:200]!r}, which is not there: is the download complete?")
     return path
 

@@ -108,7 +108,8 @@ def read(path: Path) -> dict[str, Any] | None:
     if not (path / FILE).is_file():
         return None
     base = read_json(path / FILE).get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("config"), dict):
+    text = (base.get(k, "") for k in ("name", "weights", "values")) if isinstance(base, dict) else [None]
+    if not all(isinstance(t, str) for t in text) or not isinstance(base.get("config"), dict):
         raise BadCheckpoint(f"{path / FILE} holds no record of a base. Fix: remove it, and nothing is compared")
     return base
 
@@ -119,14 +120,14 @@ def difference(path: Path, model: Any) -> str:
     if there is None:
         return ""
     folder = folder_of(model)
-    here = fingerprint(folder) if folder else {"config": _live(model)}
+    here: dict[str, Any] = fingerprint(folder) if folder else {"config": _live(model)}
     name = str(folder or getattr(model, "name_or_path", "") or type(model).__name__)
     if why := _apart(there, here):
         return f"made for {there.get('name') or 'a base without a name'}, and this is {name}: {why}"
-    if str(there.get("values", "")).partition("-")[0] != str(here.get("values", "")).partition("-")[0] and "values" in here:
+    if "values" in here and there.get("values", "").partition("-")[0] != here["values"].partition("-")[0]:
         warnings.warn(
-            f"{name} is stored in {', '.join(here['dtypes'])}, the base that {path.name!r} was made for in "
-            f"{', '.join(map(str, there.get('dtypes', [])))}: compared by names and shapes alone",
+            f"{name} is stored in {', '.join(here['dtypes'])}, and the base that {path.name!r} was made for in "
+            f"{there.get('dtypes')}: compared by names and shapes alone",
             TrimtabWarning,
         )
     return ""
@@ -140,8 +141,8 @@ def _apart(there: dict[str, Any], here: dict[str, Any]) -> str:
         return ""
     if there["weights"] != here["weights"]:
         return f"its {here['tensors']} tensors have other names or shapes than the {there.get('tensors')} there"
-    (kind, values), (own, mine) = (str(x["values"]).split("-") for x in (there | {"values": there.get("values", "-")}, here))
-    same = kind != own or values == mine
+    (kind, _, values), (own, _, mine) = (x.get("values", "").partition("-") for x in (there, here))
+    same = kind != own or values == mine  # other dtypes have other bytes
     return "" if same else "of one architecture, and with other values in its weights (was one of them tuned further?)"
 
 

@@ -222,6 +222,21 @@ def test_byte_order_marks_and_crlf_are_no_problem(
     assert "2 rows read, 2 kept" in result.output
 
 
+def test_a_pickle_is_read_where_it_is_trusted(tmp_path: Path, model: Path, adapter: Path, run: Callable) -> None:
+    place = Place(tmp_path, model, adapter)
+    folder = place.broken_adapter()
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    rows = place.write("rows.jsonl", *[ROW] * 4)
+    assert run(*place.train(rows, "--init_adapter", str(folder))).exit_code == 2
+    done = run(*place.train(rows, "--init_adapter", str(folder), "--allow_pickle"))
+    assert done.exit_code == 0, done.output + str(done.exception)
+    merged = run("merge", folder, "--output_dir", tmp_path / "merged", "--allow_pickle")
+    assert merged.exit_code == 0, merged.output + str(merged.exception)
+    talk = run("chat", folder, "--allow_pickle", "--max_new_tokens", "2", stdin="hello\n")
+    assert talk.exit_code == 0, talk.output + str(talk.exception)
+
+
 def test_many_problems_are_shown_together(tmp_path: Path, model: Path, run: Callable) -> None:
     file = Place(tmp_path, model, model).write("rows.jsonl", ROW, "red", ROW, {"input": "x"}, "[]")
     result = run("data", "check", file, "--model", model)

@@ -66,8 +66,8 @@ BOMBS = {
     "blocks": "{% set ns = namespace(s='x') %}{% for i in range(34) %}{% set y %}{{ ns.s }}{{ ns.s }}{% endset %}"
     "{% set ns.s = y %}{% endfor %}",
     "lists": "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}",
-    "dicts": "{% set ns = namespace(s={}) %}"
-    "{% for i in range(60) %}{% set ns.s = dict(a=ns.s, b=ns.s) %}{% endfor %}{{ ns.s }}",
+    "dicts": "{% set ns = namespace(s={}) %}{% for i in range(60) %}{% set ns.s = dict(a=ns.s, b=ns.s) %}"
+    "{% endfor %}{{ ns.s }}",
     "center": "{{ 'x' | center(2 ** 31) }}",
     "ljust": "{{ 'x'.ljust(1000000000) }}",
     "format": "{{ '%2000000000d' % 1 }}",

@@ -167,6 +167,68 @@ def test_a_failed_write_leaves_the_old_file(folder: Path, monkeypatch: pytest.Mo
     assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [(b"[]", "JSON object"), (b'{"base": 3}', "no record"), (b'{"base": {"config": {}, "values": 3}}', "no record"),
+     (b"{", "not JSON")],
+)
+def test_a_record_of_a_base_is_data(said: bytes, word: str, folder: Path) -> None:
+    (folder / "trimtab.json").write_bytes(said)
+    with pytest.raises(BadCheckpoint, match=word):
+        PeftModel.from_pretrained(llama(), folder)
+
+
+def based(folder: Path, **shape: Any) -> Any:
+    """A model that was loaded from a folder."""
+    if not folder.exists():
+        model = llama()
+        for i, p in enumerate(model.parameters()):
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(shape.get("seed", 0) + i))
+        model.to(shape.get("dtype", torch.float32)).save_pretrained(folder)
+    return type(llama()).from_pretrained(folder, dtype=torch.float32)
+
+
+def test_another_base_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    first = based(tmp_path / "first")
+    get_peft_model(first, lora()).save_pretrained(tmp_path / "adapter")
+    record = json.loads((tmp_path / "adapter" / "trimtab.json").read_text())["base"]
+    assert record["name"] == str(tmp_path / "first") and record["config"]["hidden_size"] == 16
+    PeftModel.from_pretrained(based(tmp_path / "first"), tmp_path / "adapter")
+    (tmp_path / "first").rename(tmp_path / "moved")  # the same base elsewhere is the same base
+    PeftModel.from_pretrained(based(tmp_path / "moved"), tmp_path / "adapter")
+    further = based(tmp_path / "further", seed=100)
+    before = state(further)
+    with pytest.raises(BadCheckpoint, match="of one architecture, and with other values") as refused:
+        PeftModel.from_pretrained(further, tmp_path / "adapter")
+    assert str(tmp_path / "first") in str(refused.value) and str(tmp_path / "further") in str(refused.value)
+    assert same(state(further), before) and not further.__dict__.get("trimtab_groups")
+    with pytest.warns(TrimtabWarning, match="another base"):
+        PeftModel.from_pretrained(further, tmp_path / "adapter", strict=False)
+    with pytest.warns(TrimtabWarning, match="stored in BF16"):
+        PeftModel.from_pretrained(based(tmp_path / "half", dtype=torch.bfloat16), tmp_path / "adapter")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
+    moved = llama()
+    moved.name_or_path = str(tmp_path / "moved")
+    with pytest.raises(BadCheckpoint, match="num_key_value_heads 1 there, 2 here"):
+        PeftModel.from_pretrained(moved, tmp_path / "adapter")
+
+
+def test_the_record_is_passed_by_by_the_peer(tmp_path: Path) -> None:
+    import peft
+
+    get_peft_model(based(tmp_path / "base"), lora()).save_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(based(tmp_path / "base"), str(tmp_path / "adapter"))
+    ours = PeftModel.from_pretrained(based(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.allclose(logits(theirs.eval()), logits(ours), atol=1e-5)
+
+
+def test_an_adapter_whose_base_has_no_folder_has_no_record(tmp_path: Path) -> None:
+    get_peft_model(based(tmp_path / "base"), lora()).save_pretrained(tmp_path / "adapter")
+    get_peft_model(llama(), lora()).save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "trimtab.json").exists()
+
+
 def test_auto_class_loads_base_and_adapter(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     base = type(llama()).from_pretrained(tmp_path / "base")
@@ -216,21 +278,14 @@ def test_a_spent_handle_refuses_to_be_used(tmp_path: Path) -> None:
             model = get_peft_model(llama(), lora())
             plain = getattr(getattr(model, through) if through else model, spend)()
             uses: list[Any] = [
-                lambda m=model: m(IDS),
-                lambda m=model: m.generate(IDS),
-                lambda m=model: m.save_pretrained(tmp_path / "x"),
-                lambda m=model: m.state_dict(),
-                lambda m=model: list(m.parameters()),
-                lambda m=model: m.add_adapter("b", lora()),
-                lambda m=model: m.load_adapter(tmp_path, "b"),
-                lambda m=model: m.merge_and_unload(),
-                lambda m=model: m.set_adapter("x"),
-                lambda m=model: m.get_base_model(),
-                lambda m=model: m.print_trainable_parameters(),
-                lambda m=model: m.config,
-            ]
+                lambda m: m(IDS), lambda m: m.generate(IDS), lambda m: m.save_pretrained(tmp_path / "x"),
+                lambda m: m.state_dict(),
+                lambda m: list(m.parameters()), lambda m: m.add_adapter("b", lora()), lambda m: m.load_adapter(tmp_path, "b"),
+                lambda m: m.merge_and_unload(), lambda m: m.set_adapter("x"), lambda m: m.get_base_model(),
+                lambda m: m.print_trainable_parameters(), lambda m: m.config,
+            ]  # fmt: skip
             for use in uses:
                 with pytest.raises(NoMatch, match="go on with the model that merge_and_unload"):
-                    use()
+                    use(model)
             assert "PeftModel" in repr(model) and not (tmp_path / "x").exists()
             assert isinstance(plain(IDS).logits, torch.Tensor)

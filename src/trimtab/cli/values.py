@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from trimtab.cli.yamlfile import PlainLoader
 from trimtab.errors import nearest
 
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -82,7 +83,14 @@ def _wrong(value: Any, expected: str) -> ValueError:
 
 
 def _parsed(value: Any) -> Any:
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.load(value, PlainLoader)  # a SafeLoader without aliases
+    except (yaml.YAMLError, RecursionError):
+        raise ValueError(f"{value[:80]!r} is not YAML") from None
+    except Exception as error:  # a date of month 13, a number of 5,000 digits
+        raise ValueError(f"not a value: {str(error)[:200]}") from None
 
 
 def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
@@ -128,7 +136,7 @@ def _str(value: Any) -> str:
 def _dict(value: Any) -> dict[Any, Any]:
     try:
         parsed = _parsed(value)
-    except yaml.YAMLError:
+    except ValueError:
         parsed = None
     if isinstance(parsed, dict):
         return parsed

@@ -11,6 +11,8 @@ import yaml
 
 from trimtab.errors import ConfigError
 
+LONGEST = 1_000_000  # bytes
+
 
 @dataclass(frozen=True)
 class Given:
@@ -21,20 +23,30 @@ class Given:
     place: str
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number (YAML 1.1 asks for `1.0e-4`)."""
+class PlainLoader(yaml.SafeLoader):
+    """YAML as people mean it: `1e-4` is a number (YAML 1.1 asks for `1.0e-4`). No aliases: a few lines of them can stand
+    for a billion values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) have no use in options", problem_mark=mark)
+        return super().compose_node(parent, index)
 
 
 # copied, because yaml keeps one table for all loaders and prepending to it would change yaml.safe_load everywhere
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
+PlainLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
 def read_yaml(path: Path) -> tuple[list[Given], list[str]]:
     """The file's options in order, and its problems. A key given twice is one: it has no right answer."""
-    loader = _Loader(_text(path))
+    try:
+        loader = PlainLoader(_text(path))
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise ConfigError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
     try:
         root = loader.get_single_node()
         if root is None:
@@ -50,7 +62,13 @@ def read_yaml(path: Path) -> tuple[list[Given], list[str]]:
                 problems.append(f"{path}:{line}: {key} is given twice (first on line {seen[key]}); keep one")
                 continue
             seen[key] = line
-            given.append(Given(key, loader.construct_object(value_node, deep=True), f"{path}:{line}"))
+            try:
+                given.append(Given(key, loader.construct_object(value_node, deep=True), f"{path}:{line}"))
+            except (yaml.YAMLError, RecursionError):
+                raise
+            except Exception as error:  # a date of month 13, a number of 5,000 digits, a word tagged as one
+                why = str(error).splitlines() or [type(error).__name__]
+                problems.append(f"{path}:{line}: {key}: not a value: {why[0][:200]}")
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -68,6 +86,8 @@ def _text(path: Path) -> str:
     if path.is_dir():
         raise ConfigError(f"--config {path} is a folder; give the YAML file itself")
     try:
+        if path.stat().st_size > LONGEST:
+            raise ConfigError(f"--config {path} has {path.stat().st_size:,} bytes: options are a few lines of YAML")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file (looked in {Path.cwd()})") from None

@@ -168,9 +168,8 @@ class Renderer:
         try:
             return sandbox.render(self.tokenizer, messages, tools, self.chat_template, opened)
         except SecurityError as error:  # at once, for every row would take as long
-            raise DataError(
-                f"the chat template was stopped: {error}. Fix: another chat_template (--chat_template chatml)"
-            ) from None
+            fix = "another chat_template (--chat_template chatml)"
+            raise DataError(f"the chat template was stopped: {error}. Fix: {fix}") from None
         except Exception as error:  # a template is a program of somebody else's: it may raise anything
             raise TemplateRefused(f"the chat template refuses it: {error or type(error).__name__}") from error
 

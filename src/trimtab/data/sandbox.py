@@ -12,7 +12,7 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 from jinja2 import nodes, pass_context
@@ -87,7 +87,7 @@ class Bounded(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         if len(source) > SOURCE:
             raise SecurityError(f"the chat template has {len(source):,} characters; {SOURCE:,} are allowed")
-        tree = _Guarded().visit(super()._parse(source, name, filename))
+        tree: Any = _Guarded().visit(super()._parse(source, name, filename))
         tree.set_environment(self)
         return tree
 
@@ -157,10 +157,8 @@ class Bounded(ImmutableSandboxedEnvironment):
             old, new = str(args[0]), str(args[1])
             self._room(first.count(old) * len(new))
         elif name == "join":
-            between: Any = ""
-            parts: Any
-            between, parts = (args[0] if args else "", first) if not isinstance(first, str) else (first, args and args[0])
-            count = len(parts) if hasattr(parts, "__len__") else 10**6
+            between, parts = (first, args and args[0]) if isinstance(first, str) else (args[0] if args else "", first)
+            count = len(parts) if isinstance(parts, Sized) else 10**6
             self._room(count * len(str(between)))
         elif name in ("format", "format_map") and isinstance(first, str):
             self._format(first)

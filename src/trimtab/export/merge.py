@@ -111,8 +111,8 @@ def find_source(adapter: Path, model: str | None = None) -> Source:
     """Read the adapter's config and run record; `model` says where the base is now."""
     config = PeftConfig.from_pretrained(adapter)
     record = _record(adapter)
-    name = model or config.base_model_name_or_path or record.get("model")
-    if not name:
+    name: Any = model or config.base_model_name_or_path or record.get("model")
+    if not name or not isinstance(name, str):
         raise ConfigError(f"{adapter} does not say what its base is: --model FOLDER")
     base = load.model_folder(name)
     options: Any = record.get("options")

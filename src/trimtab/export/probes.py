@@ -49,9 +49,12 @@ def probes(adapter_dir: Path, renderer: Renderer) -> list[list[int]]:
     ids = [renderer.prompt_ids(talk) for talk in talks]
     path = adapter_dir / "samples.jsonl"
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        if not line:
+        try:
+            sample: Any = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-        sample = json.loads(line)
+        if not isinstance(sample, dict) or not all(isinstance(sample.get(k), str) for k in ("prompt", "after")):
+            continue
         head = renderer.prompt_ids([{"role": "user", "content": sample["prompt"]}])
         ids.append(head + renderer.tokenizer(sample["after"], add_special_tokens=False)["input_ids"])
     return [probe[:LONGEST] for probe in ids]

@@ -152,7 +152,7 @@ def _adapter(o: TrainOptions) -> None:
         raise ConfigError(
             f"adapter {o.adapter} was asked for, and init_adapter {o.init_adapter} holds {method}: leave one of them out"
         )
-    store.read(folder)  # a damaged file is found before the model is loaded
+    store.read(folder, allow_pickle=o.allow_pickle)  # a damaged file is found before the model is loaded
     there = {name: getattr(known, name, None) for name in o.adapter_options}
     changed = [f"{k}: {there[k]!r} there, {v!r} asked" for k, v in o.adapter_options.items() if there[k] != v]
     if changed:

@@ -40,6 +40,7 @@ class TrainOptions:
         "auto", "of the base; auto: bfloat16 where the chip has it", group="Model"
     )
     trust_remote_code: bool = option(False, "run code that the model folder brings", group="Model")
+    allow_pickle: bool = option(False, "read a pickled init_adapter (adapter_model.bin), if you trust it", group="Model")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower", group="Model")
     # optimisation
     batch_size: int = option(16, "examples per optimizer step", group="Optimisation")

@@ -125,7 +125,8 @@ def _model(o: TrainOptions, folder: Path, hardware: Hardware, data: Prepared, pa
     if o.gradient_checkpointing:
         checkpoint_activations(base)
     if o.init_adapter is not None:
-        return PeftModel.from_pretrained(base, str(Path(o.init_adapter).expanduser()), is_trainable=True)
+        start = str(Path(o.init_adapter).expanduser())
+        return PeftModel.from_pretrained(base, start, is_trainable=True, allow_pickle=o.allow_pickle)
     return low_rank.adapted(base, config_for(o.adapter, **adapter_options(o)), folder, data, pad)
 
 
