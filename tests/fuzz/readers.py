@@ -19,9 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trimtab import PeftConfig, PeftModel, headers, store
 from trimtab.cli.settings import resolve
-from trimtab.core.group import groups, unload
+from trimtab.core.group import groups
 from trimtab.data import Problems, Renderer, conversations, read
 from trimtab.errors import TrimtabError
+from trimtab.states import unload
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

@@ -109,9 +109,7 @@ def attach(
             f"adapter name {name!r}: a name has no dot and no slash, for it becomes a folder and a part of a path"
         )
     if name in groups(model):
-        raise ConfigError(
-            f"an adapter is called {name!r} already; delete_adapter({name!r}) first, or choose another name"
-        )
+        raise ConfigError(f"an adapter is called {name!r} already; delete_adapter({name!r}) first, or choose another name")
     try:
         for prepare in places(cfg, "prepare"):
             prepare(cfg, model)
@@ -176,11 +174,8 @@ def _plan_biases(model: nn.Module, cfg: PeftConfig, new: Group, plan: dict[str, 
     for path, module in layers(model):
         site = Site(path, port(frozen(module)), new.name)
         own = path in plan
-        if (
-            not path
-            or any(isinstance(a, FullTune) for _, a in plan.get(path, []))
-            or any(path.startswith(f"{p}.") for p in plan)
-        ):
+        inside = any(path.startswith(f"{p}.") for p in plan)
+        if not path or inside or any(isinstance(a, FullTune) for _, a in plan.get(path, [])):
             continue
         if (own or want == "all") and isinstance(getattr(frozen(module), "bias", None), nn.Parameter):
             plan.setdefault(path, []).append((site, BiasTune(site, alone=not own)))
