@@ -25,8 +25,7 @@ def test_loss_and_gradients_are_those_of_each_row_alone(attention: str) -> None:
     engine, why = engine_for(packed)
     assert engine is not None, why
     with engine.running():
-        result = engine.forward(packed, pack(rows))
-        loss = result.loss / sum(sum(r.supervised[1:]) for r in rows)
+        loss = engine.forward(packed, pack(rows)).loss / sum(sum(r.supervised[1:]) for r in rows)
         loss.backward()
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)
     for p, q in zip(tiny.tensors(one).values(), tiny.tensors(packed).values(), strict=True):
