@@ -218,13 +218,14 @@ def _excluded(name: str, cfg: Any) -> bool:
 
 def _limits_match(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site]) -> None:
     """Each number of `layers_to_transform` is that of an adapted layer, each name of `exclude_modules` one of a module."""
-    numbers, exclude = getattr(cfg, "layers_to_transform", None), getattr(cfg, "exclude_modules", None) or []
-    for number in [] if numbers is None or isinstance(numbers, int) else numbers:
+    numbers: Any = getattr(cfg, "layers_to_transform", None)
+    exclude: Any = getattr(cfg, "exclude_modules", None) or ""
+    for number in () if numbers is None or isinstance(numbers, int) else numbers:
         one = copy.copy(cfg)
         one.layers_to_transform = [number]
         if not any(_in_layers(s.name, one, target) for s in found):
             raise NoMatch(f"layers_to_transform: {number} is the number of none of the {len(found)} adapted layers")
-    for name in [] if isinstance(exclude, str) else exclude:
+    for name in () if isinstance(exclude, str) else exclude:
         if not any(matches(module, [name]) for module, _ in layers(model)):
             leaves = {module.rpartition(".")[2] for module, _ in layers(model)}
             raise NoMatch(f"exclude_modules: {name!r} matches no module.{nearest(name, leaves)}")
