@@ -4,6 +4,7 @@
 #   make check    style, types, layers and sizes
 #   make fuzz     files that no one should write, for minutes: FUZZ_FLAGS="--seconds 600"
 #   make bench    the figures of the README
+#   make docs     docs/methods.md again, from the methods that are there
 # On Linux, PyPI's torch is the CUDA build. For the smaller CPU build:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check fuzz bench clean
+.PHONY: demo test check fuzz bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)-demo
@@ -37,6 +38,10 @@ fuzz: $(STAMP)-test
 
 bench: $(STAMP)-bench
 	$(BIN)/python bench/run.py $(BENCH_FLAGS)
+
+docs: $(STAMP)-test
+	$(BIN)/trimtab methods --markdown --peer docs/peft_methods.csv > .methods.md
+	mv .methods.md docs/methods.md
 
 clean:
 	rm -rf $(VENV) build dist demo-out .pytest_cache .ruff_cache

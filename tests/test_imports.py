@@ -15,15 +15,17 @@ SRC = Path(__file__).parents[1] / "src" / "trimtab"
 # each layer may import those before it; parts of one layer may not import each other
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"files", "headers", "typed"},
+    {"files", "headers", "typed", "call", "targets"},
     {"core"},
+    {"states"},
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
-    {"fused", "store", "blend", "optim", "origin", "bounded"},
+    {"fused", "store", "optim", "origin", "bounded"},
+    {"blend", "mixed", "cartridges", "scalings"},
     {"verbs"},
-    {"status"},
+    {"status", "convert", "hotswap", "inject"},
     {"model"},
-    {"auto"},
+    {"auto", "experts"},
     {"engine"},
     {"evaluate"},
     {"train"},

@@ -21,11 +21,26 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from trimtab.cartridges import (
+        compose_cartridge_adapters,
+        initialize_kv_prefix_from_past_key_values,
+        initialize_kv_prefix_from_text,
+        prompt_embeddings_from_past_key_values,
+    )
+    from trimtab.convert import convert_to_lora, save_as_lora
     from trimtab.core.config import PeftConfig, TaskType, get_peft_config
+    from trimtab.experts import create_arrow_model
+    from trimtab.hotswap import (
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+        rescale_adapter_scale,
+    )
     from trimtab.inits.corda import preprocess_corda
     from trimtab.inits.eva import get_eva_state_dict, initialize_lora_eva_weights
     from trimtab.inits.loftq import replace_lora_weights_loftq
     from trimtab.inits.lora_ga import preprocess_loraga
+    from trimtab.inject import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
     from trimtab.methods.lora import LoraConfig
     from trimtab.model import (
         PeftModel,
@@ -36,10 +51,7 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
         get_peft_model,
-        get_peft_model_state_dict,
-        inject_adapter_in_model,
         prepare_model_for_kbit_training,
-        set_peft_model_state_dict,
     )
     from trimtab.status import get_layer_status, get_model_status
     from trimtab.train.trainer import Trainer
@@ -56,9 +68,14 @@ _HOMES = (
     "inits.lora_ga",
     "methods.lora",
     "model",
+    "inject",
     "status",
+    "convert",
+    "hotswap",
     "auto",
+    "experts",
     "train.trainer",
+    "cartridges",
 )
 
 __all__ = [
@@ -80,18 +97,29 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "Trainer",
+    "compose_cartridge_adapters",
+    "convert_to_lora",
+    "create_arrow_model",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
     "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
+    "save_as_lora",
     "set_peft_model_state_dict",
 ]
 

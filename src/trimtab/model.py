@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import trimtab.fused  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers the faster forms
-from trimtab import origin, store
+from trimtab import mixed, origin, scalings, states, store
 from trimtab.bounded import bounded
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
@@ -39,8 +39,8 @@ class Forward:
         model: Any = self.owner.get_base_model()
         output = model(*args, **kwargs)
         if self.owner.training and isinstance(getattr(output, "loss", None), Tensor):
-            for group in groups.groups(model).values():
-                if group.live and (penalty := group.penalty()) is not None:
+            for group in mixed.present(model):
+                if (penalty := group.penalty()) is not None:
                     output.loss = output.loss + penalty
         return output
 
@@ -109,7 +109,8 @@ class PeftModel(Verbs):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.alive()
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        with mixed.generating(self.get_base_model(), kwargs):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @property
     def active_adapter(self) -> str:
@@ -122,7 +123,7 @@ class PeftModel(Verbs):
     @contextmanager
     def disable_adapter(self) -> Generator[None, None, None]:
         """Within it the model answers as the untouched base, bit for bit, biases and saved modules included."""
-        with groups.disabled(self.get_base_model()):
+        with states.disabled(self.get_base_model()):
             yield
 
     # -- adapters -----------------------------------------------------------------------------------------------------
@@ -143,7 +144,11 @@ class PeftModel(Verbs):
         if config.task_type is None and config.auto_mapping is None:
             kind = cast("type[Any]", type(model))
             config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-        return groups.attach(model, config, name, full_precision=full_precision, strict=strict)
+        if getattr(config, "adapters", None):
+            scalings.load_experts(self, config)
+        group = groups.attach(model, config, name, full_precision=full_precision, strict=strict)
+        mixed.watch(model)
+        return group
 
     @classmethod
     def from_pretrained(
@@ -199,6 +204,7 @@ class PeftModel(Verbs):
             tensors = {re.sub(pattern, new, k): v for k, v in tensors.items()}
         fresh = adapter_name not in groups.groups(model)
         if fresh:
+            config = scalings.beside(config, path)
             if whole := store.saved_whole(model, config, tensors):
                 config = replaced(config, modules_to_save=whole)
             with bounded(model, tensors, str(path)):
@@ -317,57 +323,6 @@ def get_peft_model(
         peft_config.revision = revision
     return _class_for(peft_config.task_type)(
         model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-    )
-
-
-def inject_adapter_in_model(
-    peft_config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Put an active, trainable adapter on a bare model, and return the model itself."""
-    group = groups.attach(model, peft_config, adapter_name)
-    groups.activate(model, [*groups.active(model), adapter_name], trainable=not peft_config.inference_mode)
-    if state_dict is not None:
-        store.load(model, group, state_dict)
-    return model
-
-
-def _torch_model(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, Verbs) else model
-
-
-def get_peft_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
-) -> dict[str, Tensor]:
-    """The adapter's tensors under their published keys; without the `base_model.model.` prefix for an injected model."""
-    values = (
-        {id(t): state_dict[k] for k, t in model.state_dict(keep_vars=True).items() if k in state_dict}
-        if state_dict
-        else None
-    )
-    tensors = store.state(groups.group(_torch_model(model), adapter_name), values)
-    return tensors if isinstance(model, Verbs) else {k.removeprefix(store.PREFIX): v for k, v in tensors.items()}
-
-
-def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-    strict: bool = True,
-) -> store.LoadReport:
-    """Copy published tensors into an adapter; strict as `PeftModel.load_adapter`."""
-    model = _torch_model(model)
-    return store.load(
-        model,
-        groups.group(model, adapter_name),
-        peft_model_state_dict,
-        strict=strict,
-        ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
 
 

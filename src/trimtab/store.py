@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.core.config import CONFIG_FILE, method_of
+from trimtab.core.config import CONFIG_FILE, PeftConfig, method_of
 from trimtab.core.group import Group
-from trimtab.core.sites import frozen, layers, matches
+from trimtab.core.sites import at, frozen, layers, matches
 from trimtab.errors import BadCheckpoint
 from trimtab.files import write
 from trimtab.headers import damaged, header
@@ -190,8 +190,10 @@ def load(
             report.mismatched_keys.append(f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}")
         else:
             chosen[key] = value
-    report.missing_keys = [k for k in own if k not in given]
+    read = {_place(own[k]) for k in chosen} - {None}
+    report.missing_keys = [k for k in own if k not in given and _place(own[k]) not in read]
     report.loaded = list(chosen)
+    report.mismatched_keys += _torn(own, chosen)
     bad = report.missing_keys or report.unexpected_keys or (report.mismatched_keys and not ignore_mismatched_sizes)
     if strict and bad:
         raise BadCheckpoint(_message(group, own, report, source))
@@ -204,6 +206,22 @@ def load(
     return report
 
 
+def _place(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Where its numbers are: tensors that are tied have them in one place."""
+    return (tensor.device, tensor.data_ptr()) if tensor.numel() and not tensor.is_meta else None
+
+
+def _torn(own: Mapping[str, Tensor], chosen: dict[str, Tensor]) -> list[str]:
+    """Keys of one tensor, straight or transposed, to which a file gives different values."""
+    found: list[str] = []
+    seen: dict[Any, tuple[str, Tensor]] = {}
+    for key, value in chosen.items():
+        first, same = seen.setdefault(_place(own[key]) or key, (key, value))
+        if same is not value and not torch.equal(same if same.shape == value.shape else same.T, value):
+            found.append(f"{key} is tied to {first}, and the file holds another value for it")
+    return found
+
+
 def _normal(key: str, own: Mapping[str, Tensor]) -> str:
     """Injected models' files have no prefix."""
     return key if key in own or f"{PREFIX}{key}" not in own else f"{PREFIX}{key}"
@@ -212,7 +230,7 @@ def _normal(key: str, own: Mapping[str, Tensor]) -> str:
 def _same_as_base(model: nn.Module, key: str, value: Tensor) -> bool:
     path, _, leaf = key.removeprefix(PREFIX).removesuffix(".weight").partition(".base_layer")
     try:
-        layer = frozen(model.get_submodule(path))
+        layer = frozen(at(model, path))
     except AttributeError:
         return False
     weight = getattr(layer, "weight", None)
@@ -235,9 +253,15 @@ def _message(group: Group, own: Mapping[str, Tensor], report: LoadReport, source
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 def save(path: Path, group: Group, values: Mapping[int, Tensor] | None = None) -> None:
+    """Write an adapter."""
+    config = group.config if group.adapter is not None else method_of(group.config).adapter.filed(group)
+    put(path, state(group, values), config)
+
+
+def put(path: Path, published: Mapping[str, Tensor], config: PeftConfig) -> None:
     """Write config and tensors, each in one step, and read the tensors back."""
     tensors, seen = {}, set()
-    for key, tensor in state(group, values).items():
+    for key, tensor in published.items():
         tensor = tensor.cpu().contiguous()
         if tensor.is_meta or tuple(tensor.shape) == (0,):
             raise BadCheckpoint(
@@ -248,7 +272,6 @@ def save(path: Path, group: Group, values: Mapping[int, Tensor] | None = None) -
         tensors[key] = tensor.clone() if tensor.data_ptr() in seen else tensor  # the format refuses shared memory
         seen.add(tensor.data_ptr())
     write(path / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    config = group.config if group.adapter is not None else method_of(group.config).adapter.filed(group)
     config.save_pretrained(path)
     for key, value in read(path).items():
         if not torch.equal(value.view(torch.uint8), tensors.pop(key).view(torch.uint8)):

@@ -5,19 +5,22 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
+from trimtab import blend, states
 from trimtab.core import group as groups
 from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.sites import frozen
 from trimtab.errors import NoMatch, TrimtabWarning
+from trimtab.scalings import Scalings
 
 SPENT = "this PeftModel carries no adapter any more; go on with the model that merge_and_unload() or unload() returned"
 
 
-class Verbs(nn.Module):
+class Verbs(Scalings, nn.Module):
     """What can be done to a model that carries adapters. `PeftModel` and its `base_model` both have it."""
 
     def get_base_model(self) -> nn.Module:
@@ -56,18 +59,39 @@ class Verbs(nn.Module):
                 group.step(global_step)
 
     def enable_adapter_layers(self) -> None:
-        groups.disable(self.get_base_model(), False)
+        states.disable(self.get_base_model(), False)
 
     def disable_adapter_layers(self) -> None:
-        groups.disable(self.get_base_model(), True)
+        states.disable(self.get_base_model(), True)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> blend.Fit:
+        """Put a LoRA beside the others that does sum_i weights_i * (what adapter i does), whatever their methods; it is
+        frozen and not active. How, and how exactly, by `combination_type`: see `trimtab.blend.Recipe`. Returns how near it
+        is by layer. `svd_full_matrices` changes nothing."""
+        recipe = blend.Recipe(
+            combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method, seed=adapter_name
+        )
+        return blend.add_weighted_adapter(self.get_base_model(), adapter_name, adapters, weights, recipe)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write active adapters into the weights. `safe_merge`: raise if a weight would not be finite."""
-        groups.merge(self.get_base_model(), adapter_names, safe=safe_merge)
+        states.merge(self.get_base_model(), adapter_names, safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """The original weights again, bit for bit, on every base."""
-        groups.unmerge(self.get_base_model())
+        states.unmerge(self.get_base_model())
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -83,7 +107,7 @@ class Verbs(nn.Module):
     def unload(self) -> Any:
         """The plain base model without adapters. This object is spent afterwards."""
         model = self.get_base_model()
-        groups.unload(model)
+        states.unload(model)
         tuner: Any = self._modules.get("base_model", self)
         del tuner._modules["model"]  # what is done with this object from now on would be done to nothing
         return model
@@ -116,7 +140,10 @@ def untie(model: Any) -> None:
     if config is None or inp is None or out is None or not getattr(config, "tie_word_embeddings", False):
         return
     if (head := out()) is not None and head.weight is not inp().weight:
-        config.tie_word_embeddings = False
+        if head.weight.shape == inp().weight.shape and torch.equal(head.weight, inp().weight):
+            head.weight = inp().weight  # merged alike
+        else:
+            config.tie_word_embeddings = False
 
 
 def has_new_bias(layer: AdapterLayer) -> bool:

@@ -301,6 +301,14 @@ def test_a_field_of_another_adapter() -> None:
     assert "num_virtual_tokens" in said
 
 
+def test_a_method_s_own_name_is_no_other_tool_s_spelling() -> None:
+    """`dropout` is lora_dropout to those that have one, and itself to those that call theirs so; `alpha` likewise."""
+    kept, renamed = (resolve(["--adapter", name, "--dropout", "0.2"]) for name in ("loreft", "lora"))
+    assert kept.options.adapter_options == {"dropout": 0.2} and kept.notes == []
+    assert renamed.options.adapter_options == {"lora_dropout": 0.2} and "dropout -> lora_dropout" in renamed.notes[0]
+    assert resolve(["--adapter", "gralora", "--alpha", "8"]).options.adapter_options == {"alpha": 8}
+
+
 def test_all_problems_at_once(tmp_path: Path) -> None:
     config = yaml(tmp_path, "lerning_rate: 1\nmax_length: long\nr: 4\nr: 8\n")
     assert problem(["--config", config, "--seed", "x"]).replace(config, "run.yaml") == (

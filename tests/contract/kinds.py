@@ -185,7 +185,8 @@ def close(a: Tensor, b: Tensor, rtol: float) -> None:
 
 
 def layer_methods() -> list[str]:
-    return [m for m in methods() if not issubclass(load(m).adapter, ModelAdapter)]
+    """Those that a layer can carry alone; what mixes others has tests of its own in `tests/methods`."""
+    return [m for m in methods() if not issubclass(load(m).adapter, ModelAdapter) and not load(m).adapter.among]
 
 
 def prompt_methods() -> list[str]:
@@ -203,7 +204,7 @@ def variations(method: str) -> list[tuple[tuple[str, Any], ...]]:
         value = load(method).small.get(f.name, f.default)
         if f.name in _OPTIONS:
             found.append(((f.name, _OPTIONS[f.name]),))
-        elif isinstance(value, bool) and f.name not in _SAME and not {"variant", "later", "apart"} & set(f.metadata):
+        elif isinstance(value, bool) and f.name not in _SAME and not {"variant", "later", "apart", "place"} & set(f.metadata):
             found.append(((f.name, not value),))
         found += [((f.name, choice),) for choice in f.metadata.get("choices", ()) if choice != value]
     return found

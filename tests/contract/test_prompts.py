@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import prompt_methods, randomise
+from kinds import prompt_methods, randomise, variations
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -22,7 +22,7 @@ from transformers import (
 
 from trimtab import PeftModel, get_peft_model
 from trimtab.core.config import PeftConfig, config_for, load
-from trimtab.errors import ConfigError, NotMergeable
+from trimtab.errors import ConfigError, NotMergeable, NotSupported
 
 NEW = 6
 
@@ -50,7 +50,6 @@ def t5() -> Any:
 MODELS = {"llama": llama, "gpt2": gpt2, "t5": t5}
 methods = pytest.mark.parametrize("method", prompt_methods())
 causal = pytest.mark.parametrize("name", ["llama", "gpt2"])
-every = pytest.mark.parametrize("name", list(MODELS))
 
 
 def base(name: str) -> Any:
@@ -66,15 +65,50 @@ def base(name: str) -> Any:
     return made
 
 
-def config(method: str, name: str) -> PeftConfig:
+def config(method: str, name: str, **options: Any) -> PeftConfig:
     task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
-    return config_for(method, **load(method).small | {"task_type": task})
+    return config_for(method, **load(method).small | {"task_type": task} | options)
 
 
-def prompted(method: str, name: str) -> PeftModel:
-    model = get_peft_model(base(name), config(method, name)).eval()
+def _sort() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    fits: list[tuple[str, str]] = []
+    refused: list[tuple[str, str]] = []
+    for method in prompt_methods():
+        for name in MODELS:
+            try:
+                get_peft_model(base(name), config(method, name))
+                fits.append((method, name))
+            except NotSupported:
+                refused.append((method, name))
+    return fits, refused
+
+
+FITS, REFUSED = _sort()
+every = pytest.mark.parametrize(("method", "name"), FITS, ids=lambda v: v)
+
+
+def prompted(method: str, name: str, **options: Any) -> PeftModel:
+    model = get_peft_model(base(name), config(method, name, **options)).eval()
     randomise(model, size=0.5)
     return model
+
+
+@pytest.mark.parametrize(("method", "name"), REFUSED, ids=lambda v: v)
+def test_only_encoder_decoder_models_are_refused(method: str, name: str) -> None:
+    assert name == "t5" and {(method, n) for n in ("llama", "gpt2")} <= set(FITS)
+
+
+OPTIONS = [(m, o) for m in prompt_methods() for o in variations(m) if o]
+
+
+@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=str)
+def test_each_option_generates_as_it_answers_and_is_saved(method: str, options: Any, tmp_path: Path) -> None:
+    model, (ids, mask) = prompted(method, "llama", **dict(options)), batch()
+    got = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(got, greedy(model, "llama", ids, mask))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base("llama"), tmp_path)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -101,7 +135,6 @@ def greedy(model: Any, name: str, ids: Tensor, mask: Tensor | None) -> Tensor:
     return out
 
 
-@methods
 @every
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])
 def test_generate_is_greedy_decoding_by_repeated_forward(method: str, name: str, use_cache: bool) -> None:
@@ -116,7 +149,6 @@ def test_generate_is_greedy_decoding_by_repeated_forward(method: str, name: str,
     assert torch.equal(once, want)
 
 
-@methods
 @every
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])
 def test_left_padded_rows_generate_what_each_does_alone(method: str, name: str, use_cache: bool) -> None:
@@ -172,7 +204,6 @@ def test_the_loss_counts_the_labels_and_no_virtual_token(method: str, name: str)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(grads)
 
 
-@methods
 @every
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_hooks_to_its_own_group(method: str, name: str, how: str) -> None:
@@ -191,7 +222,6 @@ def test_a_copy_hooks_to_its_own_group(method: str, name: str, how: str) -> None
         assert torch.equal(model(**call).logits, y)
 
 
-@methods
 @every
 def test_disabled_and_unloaded_are_the_base_bit_for_bit(method: str, name: str) -> None:
     model, ids = prompted(method, name), batch()[0]
@@ -206,7 +236,6 @@ def test_disabled_and_unloaded_are_the_base_bit_for_bit(method: str, name: str) 
         assert torch.equal(model.unload()(**call).logits, bare)
 
 
-@methods
 @every
 def test_saved_and_loaded_is_bit_equal(method: str, name: str, tmp_path: Path) -> None:
     model, ids = prompted(method, name), batch()[0]

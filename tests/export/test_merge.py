@@ -174,7 +174,9 @@ def test_names_that_differ_in_the_files_are_merged_whole(tuned: Any, tmp_path: P
 def test_the_card_says_how_near_it_is(tuned: Any, tmp_path: Path) -> None:
     report, _ = merged(tuned(), tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert f"| {report.difference.probes} | {report.difference.positions:,} |" in text and "| 0.01 % | 100.0 % |" in text
+    assert (
+        f"| {report.difference.probes} | {report.difference.positions:,} |" in text and "| 0.01 % | 100.0 % |" in text
+    )
 
 
 def test_float32_for_the_time_of_a_layer_is_float32(tuned: Any, tmp_path: Path) -> None:

@@ -123,8 +123,7 @@ def test_unknown_keys_of_a_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"alora_invocation_tokens": [1]},
-        {"target_parameters": ["weight"]},
+        {"megatron_config": {"tensor_model_parallel_size": 2}},
     ],
     ids=str,
 )

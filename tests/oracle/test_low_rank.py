@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import trimtab
 from trimtab.core.config import load
-from trimtab.core.targets import TARGETS
 from trimtab.errors import BadCheckpoint, ConfigError, NotSupported, TrimtabWarning
 from trimtab.methods._clusters import clusters
 from trimtab.methods.peanut import _ACTIVATIONS
+from trimtab.targets import TARGETS
 
 show = lambda v: "-".join(f"{k}={x}" for k, x in v.items()) or "plain" if isinstance(v, dict) else str(v)  # noqa: E731
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimtab.errors import ConfigError
+from trimtab.errors import BadCheckpoint, ConfigError
 from trimtab.train import device, load
 
 
@@ -55,7 +55,7 @@ def test_damaged_weights_are_an_error(model_folder: Path, tmp_path: Path) -> Non
     shutil.copytree(model_folder, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match="could not be loaded"):
+    with pytest.raises(BadCheckpoint, match="damaged or cut off"):
         load.load_model(folder, dtype=torch.float32)
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import tiny_llama as tiny
 import torch
+from packed_runs import stemmed, trained
 from test_checkpoints import Stop
 from transformers import BertConfig, BertForSequenceClassification
 
 from trimtab.core.config import config_for
 from trimtab.core.group import group
 from trimtab.errors import TrainingError
-from trimtab.model import PeftModel, get_peft_model, get_peft_model_state_dict
+from trimtab.inject import get_peft_model_state_dict
+from trimtab.model import PeftModel, get_peft_model
 from trimtab.train.trainer import Trainer
 
 LEARNERS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -198,3 +200,58 @@ def test_a_penalty_is_in_the_loss_of_an_encoder_too(tmp_path: Path) -> None:
     trainer = Trainer(model=model.train(), args=arguments, train_dataset=rows)
     trainer.train()
     assert tiny.losses(trainer)[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_method_s_own_loss_is_what_is_trained(tmp_path: Path) -> None:
+    """CPT counts the labels of its context too."""
+    torch.manual_seed(3)
+    context = {"cpt_token_ids": [4, 9, 3, 8], "cpt_tokens_type_mask": [1, 2, 3, 4], "opt_projection_epsilon": 9.0}
+    model = get_peft_model(tiny.llama(), config_for("cpt", task_type="CAUSAL_LM", **context)).eval()
+    with torch.no_grad():
+        batch = tiny.collate(tiny.rows(8)[:2])
+        alone, expected = tiny.llama()(**batch).loss, model(**batch).loss
+    over = dict(max_steps=6, learning_rate=5e-2, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    arguments = tiny.arguments(tmp_path, **over)
+    rows = tiny.rows(8)[:2]
+    trainer = Trainer(model=model.train(), args=arguments, train_dataset=rows, data_collator=tiny.collate)
+    trainer.train()
+    found = tiny.losses(trainer)
+    assert found[0] == pytest.approx(expected.item(), abs=1e-5) and abs(expected - alone) > 1e-2
+    assert found[-1] < found[0] - 0.005
+
+
+AROUND: dict[str, tuple[float, dict[str, Any]]] = {
+    "adaption_prompt": (5e-2, {"adapter_len": 4, "adapter_layers": 2}),
+    "bottleneck": (2e-2, {"reduction_factor": 4}),
+    "compacter": (5e-2, {"reduction_factor": 4, "phm_init_range": 0.1}),
+    "loreft": (5e-2, {"r": 4, "dropout": 0.0, "prefix_positions": 8}),
+    "p_tuning": (2e-2, {"num_virtual_tokens": 4}),
+    "multitask_prompt_tuning": (2e-1, {"num_virtual_tokens": 4}),
+    "cartridge": (5e-2, {"num_virtual_tokens": 4}),
+}
+
+
+@pytest.mark.parametrize("method", AROUND)
+def test_a_method_around_blocks_or_the_model_learns_from_the_loss_of_each_row(tmp_path: Path, method: str) -> None:
+    rate, options = AROUND[method]
+    torch.manual_seed(3)
+    model = get_peft_model(tiny.llama(), config_for(method, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        expected = tiny.one_by_one(model.eval(), tiny.rows(8)).item()
+    found = tiny.losses(run(tmp_path, model.train(), max_steps=8, learning_rate=rate))
+    assert found[0] == pytest.approx(expected, abs=1e-5)
+    assert found[-1] < found[0] - 0.005
+
+
+@pytest.mark.parametrize("method", ["adaption_prompt", "bottleneck", "compacter", "loreft"])
+def test_packs_with_shared_beginnings_have_the_loss_of_each_row(tmp_path: Path, method: str) -> None:
+    rate, options = AROUND[method]
+    model = get_peft_model(tiny.llama(), config_for(method, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape) if p.requires_grad else 0.0)
+        expected = tiny.one_by_one(model.eval(), stemmed(8)).item()
+        with model.disable_adapter():
+            assert abs(tiny.one_by_one(model, stemmed(8)).item() - expected) > 1e-3
+    found = tiny.losses(trained(tmp_path, stemmed(8), model.train(), max_steps=4, learning_rate=rate))
+    assert found[0] == pytest.approx(expected, abs=1e-4) and found[-1] < found[0]

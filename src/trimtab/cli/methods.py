@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from trimtab.core.config import Method
 
 AFTER = """
-acts on: linear layers are torch's, transformers' Conv1D and 4-bit ones alike; conv is 1d, 2d and 3d.
+acts on: linear layers are torch's, transformers' Conv1D and 4-bit ones alike; conv is 1d, 2d and 3d; modules:
+attention, feed-forward blocks, whole layers.
 merges: the adapter can be written into the weights. Options of one: trimtab methods lora"""
 _PAPER = re.compile(r"\s*(?:arXiv:)?(\d{4}\.\d{4,5}(?:v\d+)?)")
 _REFERENCE = re.compile(r"\s{2,}arXiv:.*$")
@@ -29,6 +31,8 @@ _REFERENCE = re.compile(r"\s{2,}arXiv:.*$")
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method: its options", show_default=False)] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="what each does on every kind of layer, as a page")] = False,
+    peer: Annotated[Path | None, typer.Option(help="a table to compare with, for --markdown", show_default=False)] = None,
 ) -> None:
     """List the methods, or the options of one."""
     out = screen.console()
@@ -37,9 +41,13 @@ def methods(
     from trimtab.core.config import load
     from trimtab.core.config import methods as names
 
+    if markdown:
+        return typer.echo(page(peer), nl=False)
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("method", "equation", "acts on", "merges", "paper", "config"):
-        table.add_column(column, no_wrap=column not in ("equation", "acts on"))
+        width = 29 if column == "acts on" else None  # four kinds in one line
+        table.add_column(column, no_wrap=column not in ("equation", "acts on"), min_width=width)
     for method in map(load, names()):
         equation, papers = formula(method.adapter)
         switch = f"\n{method.switch}=true" if method.switch else ""
@@ -49,13 +57,23 @@ def methods(
     out.print(Text(AFTER, "dim"))
 
 
+def page(peer: Path | None = None) -> str:
+    """docs/methods.md."""
+    from trimtab.cli import facts
+    from trimtab.core.config import load
+    from trimtab.core.config import methods as names
+
+    return facts.page([load(name) for name in names()], formula, peer)
+
+
 def _one(name: str, out: Console) -> None:
+    from trimtab.cli import facts
     from trimtab.core.config import load
     from trimtab.train.check import adapter_options
 
     method = load(name)
     equation, papers = formula(method.adapter)
-    about = "\n".join([equation, *(f"https://arxiv.org/abs/{paper}" for paper in papers)])
+    about = "\n".join([equation, *(f"https://arxiv.org/abs/{paper}" for paper in papers), *facts.told(facts.facts(method))])
     ours = adapter_options(TrainOptions(adapter=method.name))
     options = _options_of(method)
     rows = [row(f, hint, ours) for f, hint in own_fields(method.name) if f.name != method.switch]
@@ -122,6 +140,8 @@ def _acts_on(method: Method) -> list[str]:
 
     if not issubclass(method.adapter, Adapter):
         return ["the whole model"]
+    if method.adapter.among:
+        return ["its experts' layers"]
     cfg, found = config_for(method.name, **method.small, target_modules=["layer"]), []
     for layer in (nn.Linear(8, 8), nn.Embedding(8, 8), nn.Conv2d(8, 8, 1), nn.LayerNorm(8)):
         site = Site("layer", port(layer))
@@ -131,7 +151,7 @@ def _acts_on(method: Method) -> list[str]:
             found.append(site.kind)
         except NotSupported:
             continue
-    return found
+    return found + ["modules"] * method.adapter.on_modules
 
 
 def _merges(method: Method) -> str:

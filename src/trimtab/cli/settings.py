@@ -83,6 +83,7 @@ class _Reader:
         self.extras = extras
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.said: dict[str, str] = {}  # ours -> as it was spelled
 
     # ---- flags
 
@@ -163,6 +164,7 @@ class _Reader:
                         f"{one.place}: {one.key} says {key} = {value!r}, but {old.place} says {old.value!r}; keep one"
                     )
                 chosen.setdefault(key, Given(key, value, one.place))
+                self.said[key] = one.key
         return chosen
 
     def _translated(self, one: Given) -> dict[str, Any]:
@@ -214,6 +216,9 @@ class _Reader:
                 self._put(values["run"], one, _HINTS[key])
             elif key in own:
                 self._put(values["adapter"], one, own[key])
+            elif (said := self.said.get(key, key)) in own:  # the method has one of that very name: `dropout`
+                self.notes = [note for note in self.notes if not note.startswith(f"{said} -> ")]
+                self._put(values["adapter"], Given(said, one.value, one.place), own[said])
             elif fields is not None:
                 self.problems.append(self._unknown(one, adapter, own))
         try:

@@ -6,13 +6,14 @@ import hashlib
 import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.call import Call
 from trimtab.core.base import Base
 from trimtab.errors import NotSupported
 
@@ -32,6 +33,8 @@ class Site:
     base: Base
     adapter: str = "default"
     shared: nn.Module | None = None
+    call: Call = field(default_factory=Call)
+    beside: nn.Module | None = None  # the adapters that stand there already, by name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,9 +96,14 @@ class Adapter(nn.Module):
     additive: bool = False  # W' - W does not depend on W, so the order in a stack does not matter
     routed: bool = False  # what it does depends on the input: `weight` and `bias` raise `NotMergeable`
     noisy: ClassVar[bool] = False  # training draws random numbers, or estimates gradients; in eval mode it is the definition
+    on_modules: ClassVar[bool] = False  # it also acts around a module that is no layer: a block, an attention
     starts_at_base: bool = True  # W' = W before the first step
+    as_filed: bool = False  # its tensors stand in the file as they are, though its class has a `pack`
     remembers: tuple[str, ...] = ()  # buffers that a training checkpoint holds beside what is trained
     targets: ClassVar[dict[str, list[str]] | None] = None  # default target_modules by model type, where not LoRA's
+    among: ClassVar[bool] = False  # it mixes other adapters, which stand at its sites before it (`Site.beside`)
+    uncached: ClassVar[bool] = False  # each forward reads the whole text
+    takes: ClassVar[tuple[str, ...]] = ()  # arguments of forward and generate that are the method's: `task_ids`
     defaults: ClassVar[dict[str, dict[str, list[str]]]] = {}  # other fields that name targets, likewise
 
     def weight(self, w: Tensor) -> Tensor:
@@ -120,6 +128,12 @@ class Adapter(nn.Module):
     @classmethod
     def aim(cls, model: nn.Module) -> list[str] | str | None:
         """The targets where none are given and the tables know none; None: all linear layers."""
+        return None
+
+    @classmethod
+    def enter(cls, group: Group, call: Call, given: dict[str, Any]) -> Tensor | None:
+        """Called when a forward of the model begins, with its arguments: what sites then read as `call.get(adapter)`, row by
+        row. Arguments of the method's own (`takes`) are in `call.asked` and do not reach the model."""
         return None
 
     @classmethod
@@ -217,9 +231,11 @@ class Adapted(Base):
 
 
 class ModelAdapter(nn.Module):
-    """One method around a whole model: prompts, prefixes, routers. Final classes live in `methods/prompt`."""
+    """One method around a whole model: prompts and prefixes. Final classes live in `methods/prompt`."""
 
     names: dict[str, str] = {}
+    takes: ClassVar[tuple[str, ...]] = ()
+    own_loss: ClassVar[bool] = False  # the loss that the model returns is the method's
 
     def attach(self, model: nn.Module, group: Group) -> list[Any]:
         """Hook the model; returns the handles. A hook does nothing unless `group.live`."""

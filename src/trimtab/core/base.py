@@ -27,6 +27,7 @@ class Base:
     """
 
     tolerance = 0.0  # largest |layer(x) - op(x, weight, bias)| / |y| beyond rounding; see the base's docstring
+    parts: dict[str, Base] = {}  # of a layer with several weights: each by its parameter's name
     transposed = False  # the layer stores (in, out); published configs call it `fan_in_fan_out`
 
     def __init__(self, layer: nn.Module, op: Op, shape: tuple[int, ...]) -> None:
@@ -54,6 +55,10 @@ class Base:
         """A new layer of the same kind with weight `w` and bias `b`, each rounded once to what the layer stores."""
         raise NotMergeable(f"a weight cannot be written back into {type(self.layer).__name__}")
 
+    def adapt(self, method: Any, cfg: Any, site: Any) -> Any:
+        """The method's adapter for this layer; of a layer with several weights, one adapter for all of them."""
+        return method(cfg, site)
+
     def pin(self) -> None:
         """Called for every layer of a model that gets an adapter: undo and forbid whatever would change it on its own."""
 
@@ -64,6 +69,10 @@ class Opaque(Base):
     def __init__(self, layer: nn.Module, reason: str = "") -> None:
         super().__init__(layer, OpaqueOp(layer), ())
         self.reason = reason
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.layer.parameters() if p.is_floating_point()), torch.float32)
 
 
 B = TypeVar("B", bound=Base)

@@ -36,7 +36,8 @@ class TaskType(str, Enum):
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A config field with the line that `--help`, the docs and the page show. `variant`: the method file it switches to;
-    `choices`: values that the contract tries, beside true and false; `holds`: where the class stands whose options it is."""
+    `choices`: values that the contract tries, beside true and false; `holds`: where the class stands whose options it is;
+    `place`: a file of `methods` with hooks, see `places`."""
     make: Any = {"default_factory": default} if callable(default) else {"default": default}
     return field(**make, metadata={"help": help, **more})
 
@@ -62,6 +63,10 @@ class PeftConfig:
             value = getattr(self, f.name)
             if "holds" in f.metadata and value is not None and value is not False:
                 setattr(self, f.name, _held(f.name, value, f.metadata["holds"]))
+
+    def places(self, model: Any) -> list[str] | str | None:
+        """The targets, where the config names them in a way of its own; none: `target_modules`, or the tables."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -259,6 +264,14 @@ def method_of(cfg: PeftConfig) -> Method:
     if importlib.util.find_spec(f"trimtab.methods.{name}") is None:
         raise NotSupported(f"{switched[0].name}={getattr(cfg, switched[0].name)!r} is not supported by this version")
     return load(name)
+
+
+def places(cfg: PeftConfig, hook: str) -> list[Any]:
+    """The functions called `hook` in the files that the fields which are set name as `place`: `prepare` changes the model's
+    shape, `sites` finds more sites than the targets, `extend` puts more adapters into the plan."""
+    found = [f.metadata["place"] for f in fields(cfg) if "place" in f.metadata and not default_like(getattr(cfg, f.name))]
+    files = [importlib.import_module(f"trimtab.methods.{name}") for name in dict.fromkeys(found)]
+    return [getattr(file, hook) for file in files if hasattr(file, hook)]
 
 
 def config_class(name: str) -> type[PeftConfig]:

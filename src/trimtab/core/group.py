@@ -10,28 +10,26 @@ method's to the model's child `prompt_encoder`.
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from trimtab.call import Call
 from trimtab.core.adapter import Adapter, ModelAdapter
 from trimtab.core.base import Opaque, port
-from trimtab.core.config import PeftConfig, method_of
+from trimtab.core.config import PeftConfig, method_of, places
 from trimtab.core.full import BiasTune, FullTune
 from trimtab.core.layer import AdapterLayer, Named
-from trimtab.core.sites import Site, find_saved, find_sites, frozen, layers, saved_modules
-from trimtab.errors import ConfigError, NoMatch, NotMergeable, TrimtabWarning, nearest
+from trimtab.core.sites import Site, at, find_saved, find_sites, frozen, layers, saved_modules
+from trimtab.errors import ConfigError, NoMatch, NotMergeable, nearest
 
 
 class Group:
     """One named adapter: its config, its layers by path, what its sites share, or its hook around the whole model."""
 
     def __init__(self, name: str, config: PeftConfig) -> None:
-        self.name, self.config = name, config
+        self.name, self.config, self.kind = name, config, method_of(config).adapter
         self.active = self.disabled = False
         self.layers: dict[str, AdapterLayer] = {}
         self.shared: nn.Module | None = None
@@ -71,16 +69,20 @@ class Group:
             part.requires_grad_(on)
 
     def penalty(self) -> Tensor | None:
-        return None if self.adapter is not None else method_of(self.config).adapter.penalty(self)
+        return None if self.adapter is not None else self.kind.penalty(self)
 
     def step(self, step: int) -> None:
         """Called after each optimizer step, while its gradients are there: budgets, projections."""
         if self.adapter is None:
-            method_of(self.config).adapter.step(self, step)
+            self.kind.step(self, step)
 
 
 def groups(model: nn.Module) -> dict[str, Group]:
     return model.__dict__.get("trimtab_groups", {})
+
+
+def calls(model: nn.Module) -> Call:
+    return model.__dict__.setdefault("trimtab_call", Call())
 
 
 def group(model: nn.Module, name: str) -> Group:
@@ -110,6 +112,22 @@ def attach(
         raise ConfigError(
             f"an adapter is called {name!r} already; delete_adapter({name!r}) first, or choose another name"
         )
+    try:
+        for prepare in places(cfg, "prepare"):
+            prepare(cfg, model)
+        return _attach(model, cfg, name, full_precision, strict)
+    except Exception:
+        restore(model)
+        raise
+
+
+def restore(model: nn.Module, *, keep: bool = False) -> None:
+    """Undo what the adapters that are gone have changed of the model's shape (`layer_replication`), or make it lasting."""
+    if not groups(model) and (shape := model.__dict__.pop("trimtab_shape", None)) is not None:
+        shape.keep() if keep else shape.undo()
+
+
+def _attach(model: nn.Module, cfg: PeftConfig, name: str, full_precision: bool, strict: bool) -> Group:
     chosen, new = method_of(cfg), Group(name, cfg)
     plan: dict[str, list[tuple[Site, Adapter]]] = {}
     names = saved_modules(model, cfg, fresh=strict)
@@ -119,13 +137,15 @@ def attach(
     else:
         sites = find_sites(model, cfg, saved, name, strict=strict)
         new.shared = chosen.adapter.share(cfg, sites)
-        for site in (dataclasses.replace(s, shared=new.shared) for s in sites):
-            plan[site.name] = [(site, chosen.adapter(cfg, site))]
+        for site in (dataclasses.replace(s, shared=new.shared, call=calls(model)) for s in sites):
+            plan[site.name] = [(site, site.base.adapt(chosen.adapter, cfg, site))]
     if names:
         cfg.modules_to_save = names  # type: ignore[attr-defined]
     for path, module in saved.items():
         site = Site(path, Opaque(frozen(module)), name)
         plan.setdefault(path, []).append((site, FullTune(site)))
+    for extend in places(cfg, "extend"):
+        extend(cfg, model, new, plan)
     _plan_biases(model, cfg, new, plan)
     for _, module in layers(model):
         port(frozen(module)).pin()
@@ -174,11 +194,11 @@ def _prompts(model: nn.Module) -> Named:
 
 def _wrap(model: nn.Module, path: str) -> AdapterLayer:
     parent, _, leaf = path.rpartition(".")
-    owner = model.get_submodule(parent)
+    owner = frozen(at(model, parent))
     module = owner._modules[leaf]
     assert module is not None
     if not isinstance(module, AdapterLayer):
-        owner._modules[leaf] = module = AdapterLayer(module).train(module.training)
+        owner._modules[leaf] = module = AdapterLayer(module, path, calls(model)).train(module.training)
     return module
 
 
@@ -207,84 +227,20 @@ def delete(model: nn.Module, name: str) -> None:
     gone = group(model, name)
     if any(name in layer.merged_adapters for layer in gone.layers.values()):
         raise NotMergeable(f"adapter {name!r} is merged; unmerge_adapter() first")
-    _unhook(model, gone)
+    unhook(model, gone)
     for path, layer in gone.layers.items():
         layer.remove(name)
         if not layer.adapters:
             parent, _, leaf = path.rpartition(".")
-            model.get_submodule(parent)._modules[leaf] = layer.base_layer
+            frozen(at(model, parent))._modules[leaf] = layer.base_layer
     del groups(model)[name]
+    restore(model)
 
 
-def _unhook(model: nn.Module, gone: Group) -> None:
+def unhook(model: nn.Module, gone: Group) -> None:
     for handle in gone.handles:
         handle.remove()
     if gone.adapter is not None:
         del _prompts(model)[gone.name]
         if not _prompts(model):
             del model._modules["prompt_encoder"]
-
-
-def to_merge(model: nn.Module, names: list[str] | None = None) -> tuple[str, ...]:
-    """The adapters that a merge of `names` (all active ones) takes, in their order; raises where one cannot be merged."""
-    chosen = [group(model, n) for n in (active(model) if names is None else names)]
-    if prompts := [g.name for g in chosen if g.adapter is not None]:
-        raise NotMergeable(
-            f"{prompts[0]!r} is a prompt method: it has no weight to merge into. Keep the adapter folder beside the model"
-        )
-    if idle := [g.name for g in chosen if not g.active]:
-        raise NoMatch(f"adapter {idle[0]!r} is not active, so merging it would change the model; set_adapter first")
-    if any(layer.disabled for _, layer in adapted(model)):
-        raise NotMergeable("adapters are disabled; merge outside of disable_adapter()")
-    if done := {n for _, layer in adapted(model) for n in layer.merged_adapters}.intersection(g.name for g in chosen):
-        warnings.warn(f"merged already: {', '.join(sorted(done))}", TrimtabWarning)
-    order = tuple(g.name for g in chosen)
-    for _, layer in adapted(model):
-        layer.mergeable(order)
-    return order
-
-
-def merge(model: nn.Module, names: list[str] | None = None, *, safe: bool = False) -> None:
-    """Write active adapters into the weights; `unmerge` gives the originals back exactly."""
-    order = to_merge(model, names)
-    try:
-        with torch.no_grad():
-            for _, layer in adapted(model):
-                layer.merge(order, safe=safe)
-    except Exception:
-        unmerge(model)
-        raise
-
-
-def unmerge(model: nn.Module) -> None:
-    for _, layer in adapted(model):
-        layer.unmerge()
-
-
-def unload(model: nn.Module) -> None:
-    """Take all adapters off, leaving each layer as it is now: merged or original."""
-    for g in groups(model).values():
-        _unhook(model, g)
-    for path, layer in list(adapted(model)):
-        parent, _, leaf = path.rpartition(".")
-        model.get_submodule(parent)._modules[leaf] = layer.base_layer
-    model.__dict__.pop("trimtab_groups", None)
-
-
-def disable(model: nn.Module, off: bool = True) -> None:
-    """Let the model answer as the untouched base (`off`) or adapted again; merged adapters are stepped around, not undone."""
-    for _, layer in adapted(model):
-        layer.disabled = off
-        layer.restack()
-    for g in groups(model).values():
-        g.disabled = off
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Generator[None, None, None]:
-    before = any(g.disabled for g in groups(model).values())
-    disable(model, True)
-    try:
-        yield
-    finally:
-        disable(model, before)

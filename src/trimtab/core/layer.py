@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.call import Call
 from trimtab.core.adapter import Adapted, Adapter, Site
 from trimtab.core.base import Base, port
+from trimtab.core.ops import OpaqueOp
 from trimtab.errors import NotMergeable
 
 
@@ -42,14 +45,16 @@ class Both(Adapter):
 class AdapterLayer(nn.Module):
     """Calls the stack of its active adapters over `base_layer`; merged, `base_layer` is a rebuilt one and the old is kept."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, path: str = "", call: Call | None = None) -> None:
         super().__init__()
         self.base_layer, self.adapters = layer, Named()
+        self.path, self.call = path, call or Call()
         self.active: tuple[str, ...] = ()
         self.merged_adapters: tuple[str, ...] = ()
         self.disabled = False
         self.kept: list[nn.Module] = []  # the original layer while merged; in a list, so that it is no submodule
         self.port = self.stack_ = port(layer)
+        self.first = next(iter(inspect.signature(layer.forward).parameters), "")
 
     def stack(self, names: tuple[str, ...]) -> Base:
         return reduce(Adapted, (self.adapters[n] for n in names if n in self.adapters), self.port)  # type: ignore[arg-type]
@@ -65,7 +70,8 @@ class AdapterLayer(nn.Module):
         """Put `adapter` on; it is born on the layer's device, in float32 unless the layer computes in float64."""
         low = site.base.dtype in (torch.float16, torch.bfloat16) or site.base.dtype.itemsize == 1
         dtype = torch.float32 if full_precision and low else site.base.dtype
-        adapter.train(self.training).to(device=site.base.device, dtype=dtype if site.kind != "module" else None)
+        own = site.kind == "module" and not adapter.on_modules  # a copy of the module, which keeps its
+        adapter.train(self.training).to(device=site.base.device, dtype=None if own else dtype)
         held = self.adapters[name] if name in self.adapters else None
         self.adapters[name] = adapter if held is None else Both(adapter, held)  # type: ignore[arg-type]
 
@@ -107,9 +113,15 @@ class AdapterLayer(nn.Module):
             self.port = port(self.base_layer)
             self.restack()
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        y = self.stack_(x, *args, **kwargs)
-        if not isinstance(self.stack_, Adapted) or self.port.op.kind == "module":
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if x is None:  # blocks are called by keyword
+            x = kwargs.pop(self.first)
+        rows = None if self.disabled else self.call.get("")
+        return self.through(self.stack_, x, *args, **kwargs) if rows is None else rows(self, x, *args, **kwargs)
+
+    def through(self, stack: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
+        y = stack(x, *args, **kwargs)
+        if not isinstance(stack, Adapted) or isinstance(self.port.op, OpaqueOp):
             return y
         want = x.dtype if x.is_floating_point() else self.port.dtype  # the one place where outputs are cast
         return y if y.dtype == want or torch.is_autocast_enabled(y.device.type) else y.to(want)

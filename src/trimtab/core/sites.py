@@ -6,33 +6,40 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from trimtab.core.adapter import Site
 from trimtab.core.base import Opaque, port
-from trimtab.core.config import method_of
+from trimtab.core.config import method_of, places
 from trimtab.core.layer import AdapterLayer
-from trimtab.core.targets import HEADS, TARGETS
 from trimtab.errors import ConfigError, NoMatch, NotSupported, TrimtabWarning, nearest
+from trimtab.targets import HEADS, TARGETS
 
 ALL_LINEAR = "all-linear"
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return cast("Iterator[tuple[str, nn.Module]]", model.named_modules())  # torch leaves its type open
-
-
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the model under its original path, adapted layers as themselves, nothing of the adapters."""
-    inside = " "
-    for name, module in _modules(model):
-        if f"{name}.".startswith((inside, "prompt_encoder.")):
-            continue
-        if isinstance(module, AdapterLayer):
-            inside = f"{name}."
-        yield name, module
+    """Every module of the model under its original path, adapted ones as themselves, nothing of the adapters."""
+    return _walk(model, "", set())
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for child, inner in frozen(module).named_children():
+        if name or child != "prompt_encoder":
+            yield from _walk(inner, f"{name}.{child}" if name else child, seen)
+
+
+def at(model: nn.Module, path: str) -> nn.Module:
+    """The module at its original path. Raises `AttributeError`."""
+    for part in path.split(".") if path else ():
+        model = getattr(frozen(model), part)
+    return model
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -105,7 +112,9 @@ def find_sites(
                     f"{name!r}: nn.MultiheadAttention reads this weight past the layer, so an adapter would do nothing"
                 )
             continue
-        found.append(Site(name, base, adapter))
+        found.append(Site(name, base, adapter, beside=module.adapters if isinstance(module, AdapterLayer) else None))
+    for more in places(cfg, "sites"):
+        found += more(cfg, model, adapter, found)
     _check(model, cfg, target, found, strict)
     _complete(model, cfg, target, found)
     return found
@@ -113,7 +122,7 @@ def find_sites(
 
 def _complete(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site]) -> None:
     """Write into the config what the model decided, so that its file says it and no reader needs the tables."""
-    if cfg.target_modules is None:
+    if cfg.target_modules is None and target:
         cfg.target_modules = target
     defaults: dict[str, dict[str, list[str]]] = getattr(method_of(cfg).adapter, "defaults", {})
     for field, table in defaults.items():
@@ -130,7 +139,8 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
-    target = cfg.target_modules
+    places = cfg.places(model)
+    target = cfg.target_modules if places is None else places
     if isinstance(target, str) and target.lower() == ALL_LINEAR:
         return ALL_LINEAR
     if target is not None:
@@ -149,6 +159,8 @@ def _targets(model: nn.Module, cfg: Any) -> list[str] | str:
         return list(table[kind])
     if (aimed := adapter.aim(model)) is not None:
         return aimed
+    if getattr(cfg, "target_parameters", None):
+        return []
     warnings.warn(
         f"no target_modules given and none known for model type {kind!r}: all linear layers are adapted", TrimtabWarning
     )
@@ -162,7 +174,7 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def _mha_projections(model: nn.Module) -> set[str]:
-    return {f"{name}.out_proj" for name, module in _modules(model) if isinstance(module, nn.MultiheadAttention)}
+    return {f"{name}.out_proj" for name, module in layers(model) if isinstance(module, nn.MultiheadAttention)}
 
 
 def _in_layers(name: str, cfg: Any, target: list[str] | str) -> bool:
@@ -201,15 +213,15 @@ def _check(model: nn.Module, cfg: Any, target: list[str] | str, found: list[Site
             f"no module matches target {', '.join(map(repr, missing))}{f' with {limits}' if limits else ''}."
             f"{nearest(missing[0], leaves)} The model has: {names}. See: trimtab sites MODEL"
         )
-    fields = cfg.to_dict()
+    fields, names = cfg.to_dict(), [n for s in found for n in (s.name, *(f"{s.name}.{part}" for part in s.base.parts))]
     for field in (f for f, value in fields.items() if f.endswith("_pattern") and isinstance(value, dict)):
         patterns: dict[str, Any] = fields[field]
         for pattern in patterns:
-            if strict and not any(re.match(rf"(.*\.)?({pattern})$", s.name) for s in found):
+            if strict and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                 raise NoMatch(
                     f"{field}: {pattern!r} matches none of the {len(found)} adapted layers, such as {found[0].name!r}"
                 )
-    if odd := [s for s in found if isinstance(s.base, Opaque)]:
+    if odd := [s for s in found if isinstance(s.base, Opaque) and not method_of(cfg).adapter.on_modules]:
         kinds = ", ".join(sorted({type(s.base.layer).__name__ for s in odd}))
         reason = next((s.base.reason for s in odd if isinstance(s.base, Opaque)), "") or "no layer that an adapter could act on"
         more = f" and {len(odd) - 1} more targets are" if len(odd) > 1 else " is"

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.core import group as groups
+from trimtab import states
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.sites import frozen, layers
 from trimtab.errors import NotMergeable
@@ -31,7 +31,7 @@ def write(model: Verbs, base: Path, dtype: torch.dtype, folder: Path) -> bool:
     """Merge `model`'s active adapters and write the plain model in `dtype`; `base`: the folder it was loaded from. True:
     shard by shard. `model` is spent afterwards."""
     plain: Any = model.get_base_model()
-    order = groups.to_merge(plain)
+    order = states.to_merge(plain)
     if not _named_alike(plain, base):
         plain.float()
         merged = model.merge_and_unload().to(dtype)
@@ -89,8 +89,12 @@ def _unit(
     if not isinstance(module, AdapterLayer):
         yield from ((f"{path}.{k}" if path else k, t) for k, t in _own(module, deep=False))
         return
-    frozen(module).float()  # this layer alone, and only until it is written
+    held = [(p, p.data) for p in frozen(module).parameters() if p.is_floating_point()]
+    for p, data in held:
+        p.data = data.float()  # this layer alone, and only while it is merged
     module.merge(order)
+    for p, data in held:
+        p.data = data
     parent, _, leaf = path.rpartition(".")
     plain = model.get_submodule(parent)._modules[leaf] = module.base_layer.to(dtype)
     for name, tensor in plain.state_dict(keep_vars=True).items():

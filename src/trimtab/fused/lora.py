@@ -80,8 +80,9 @@ def _watched(module: nn.Module) -> bool:
 
 @fused(LoRA, DenseLinear, TransposedLinear, Bnb4)
 def product(adapter: LoRA, base: Base, x: Tensor) -> Tensor | None:
-    """None, so that the adapter answers itself: mixed dtypes, float16, autocast to another dtype, a bias on B, a base that
-    is trained, hooked or kept in a tensor of another kind, functorch; and decoding, a few tokens without gradient."""
+    """None, so that the adapter answers itself: mixed dtypes, float16, autocast to another dtype, a bias on B, a scale in a
+    tensor, a base that is trained, hooked or kept in a tensor of another kind, functorch; and decoding, a few tokens without
+    gradient."""
     (A, B), layer = adapter.factors(), base.layer
     w: Any = layer.weight
     b, device = base.bias(), x.device.type
@@ -90,6 +91,7 @@ def product(adapter: LoRA, base: Base, x: Tensor) -> Tensor | None:
         or x.dtype != base.dtype
         or x.dtype not in _DTYPES
         or adapter.lora_B.bias is not None
+        or isinstance(adapter.s, Tensor)
         or w.requires_grad
         or (b is not None and b.requires_grad)
         or (type(w) not in _PLAIN and type(base) is not Bnb4)

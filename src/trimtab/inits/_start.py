@@ -143,7 +143,7 @@ class Started(Adapter):
                 start.fill(A, B, site, self.s)
         self.register_buffer("start_A", A.detach().clone() if start.shifted else None)
         self.register_buffer("start_B", B.detach().clone() if start.shifted else None)
-        self.remembers = ("start_A", "start_B") if start.shifted else ()
+        self.remembers, self.as_filed = ("start_A", "start_B") if start.shifted else (), not start.shifted
         for name in start.frozen:
             getattr(self, name).freeze()
 

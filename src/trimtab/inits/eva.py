@@ -9,19 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab import states
 from trimtab.core import group as groups
 from trimtab.core.adapter import Site
 from trimtab.core.config import in_range, option
 from trimtab.errors import ConfigError
 from trimtab.inits import _calibrate as data
-from trimtab.inits._ranks import (
-    PREFIX,
-    Seen,
-    forward_fn_dict,
-    prepare_layer_inputs_fn_language_modeling,
-    prepare_model_inputs_fn_language_modeling,
-    spread,
-)  # fmt: skip
+from trimtab.inits import _ranks as ranks
 from trimtab.inits._start import init
 from trimtab.inits.kaiming import Kaiming
 
@@ -59,7 +53,7 @@ class EVA(Kaiming):
         super().draw(A, site) if found is None else A.copy_(found["A"])
 
     def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
-        spread(data.sites_of(model, self.cfg), self.cfg, get_eva_state_dict(model, batches, self.cfg))
+        ranks.spread(data.sites_of(model, self.cfg), self.cfg, get_eva_state_dict(model, batches, self.cfg))
 
 
 @torch.no_grad()
@@ -67,9 +61,9 @@ def get_eva_state_dict(
     model: Any,
     dataloader: Iterable[Any],
     peft_config: Any = None,
-    forward_fn: Any = forward_fn_dict,
-    prepare_model_inputs_fn: Any = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Any = prepare_layer_inputs_fn_language_modeling,
+    forward_fn: Any = ranks.forward_fn_dict,
+    prepare_model_inputs_fn: Any = ranks.prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Any = ranks.prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -79,9 +73,9 @@ def get_eva_state_dict(
     bare = data.bare(model)
     if (cfg := peft_config or (groups.group(bare, adapter_name).config if bare is not model else None)) is None:
         raise ConfigError("get_eva_state_dict: peft_config is needed where the model carries no adapter")
-    sites, prefix = data.sites_of(model, cfg, adapter_name), PREFIX if bare is not model else ""
-    seen = Seen(sites, cfg, prepare_layer_inputs_fn, prefix)
-    with data.mode(bare, training=False), data.watched(sites, seen.look), groups.disabled(bare):
+    sites, prefix = data.sites_of(model, cfg, adapter_name), ranks.PREFIX if bare is not model else ""
+    seen = ranks.Seen(sites, cfg, prepare_layer_inputs_fn, prefix)
+    with data.mode(bare, training=False), data.watched(sites, seen.look), states.disabled(bare):
         for batch in (data.moved(given, data.device_of(bare)) for given in dataloader):
             seen.next(prepare_model_inputs_fn(batch, cfg) if prepare_model_inputs_fn else batch)
             forward_fn(model, batch)
@@ -96,9 +90,9 @@ def initialize_lora_eva_weights(
     model: Any,
     dataloader: Iterable[Any] | None = None,
     eva_state_dict: dict[str, Tensor] | None = None,
-    forward_fn: Any = forward_fn_dict,
-    prepare_model_inputs_fn: Any = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Any = prepare_layer_inputs_fn_language_modeling,
+    forward_fn: Any = ranks.forward_fn_dict,
+    prepare_model_inputs_fn: Any = ranks.prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Any = ranks.prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -114,5 +108,5 @@ def initialize_lora_eva_weights(
             raise ConfigError("initialize_lora_eva_weights: a dataloader or an eva_state_dict is needed")
         how = (forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name, gather_distributed_inputs)
         eva_state_dict = get_eva_state_dict(model, dataloader, cfg, *how)
-    spread(data.sites_of(model, cfg, adapter_name), cfg, eva_state_dict)
+    ranks.spread(data.sites_of(model, cfg, adapter_name), cfg, eva_state_dict)
     data.remade(bare, old)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.core.adapter import Site
 from trimtab.core.base import Base
-from trimtab.core.targets import TARGETS
+from trimtab.targets import TARGETS
 
 _ALL = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 WIDE: dict[str, list[str]] = TARGETS | {  # default targets of methods that go everywhere, where not LoRA's

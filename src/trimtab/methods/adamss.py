@@ -13,11 +13,11 @@ from trimtab.core.adapter import Adapter, Site, Tensors
 from trimtab.core.base import Base
 from trimtab.core.config import Layers, Targets, in_range, method, one_of, option
 from trimtab.core.group import Group
-from trimtab.core.targets import TARGETS
 from trimtab.errors import ConfigError, TrimtabWarning
 from trimtab.methods._budget import observe, track
 from trimtab.methods._clusters import resize, retire, subspaces
 from trimtab.methods._low_rank import mix, weight_of
+from trimtab.targets import TARGETS
 
 
 @dataclass(kw_only=True)

@@ -43,7 +43,7 @@ class BdLoraConfig:
 @method(
     "LORA",
     config=LoraConfig,
-    small={"r": 4, "use_bdlora": {"target_modules_bd_a": ["layer"], "nblocks": 2}},
+    small={"r": 4, "use_bdlora": {"target_modules_bd_a": ["layer"], "nblocks": 2, "match_strict": False}},
     switch="use_bdlora",
 )
 class BDLoRA(Variant):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, Layers, Targets, in_range, method, one_of, option
-from trimtab.core.targets import TARGETS
 from trimtab.errors import NotSupported
+from trimtab.targets import TARGETS
 
 
 @dataclass(kw_only=True)

@@ -13,9 +13,9 @@ from trimtab.core.adapter import Adapter, Site, Tensors
 from trimtab.core.base import Base, port
 from trimtab.core.config import Biases, FanIn, Layers, Targets, in_range, method, option
 from trimtab.core.sites import frozen
-from trimtab.core.targets import TARGETS
 from trimtab.methods._basis import Shared, coordinates, role
 from trimtab.methods._low_rank import dropout, mix, weight_of
+from trimtab.targets import TARGETS
 
 if TYPE_CHECKING:
     from trimtab.core.group import Group

@@ -29,17 +29,17 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     use_dora: bool = option(False, "DoRA: train the length of each weight row apart from its direction", variant="dora")
     use_qalora: bool = option(False, "QA-LoRA: A reads the means of groups of inputs", variant="qalora")
     alora_invocation_tokens: list[int] | None = option(None, "aLoRA", variant="alora")
-    arrow_config: dict[str, Any] | None = option(None, "Arrow", variant="arrow")
+    arrow_config: Any = option(None, "Arrow: LoRAs by token", variant="arrow", holds="methods.arrow.ArrowConfig")
     use_bdlora: Any = option(None, "BD-LoRA: a factor of blocks", variant="bdlora", holds="methods.bdlora.BdLoraConfig")
     kasa_config: Any = option(None, "KaSA: trained singular values", variant="kasa", holds="methods.kasa.KasaConfig")
     velora_config: Any = option(None, "VeLoRA: keeps less of x", variant="velora", holds="methods.velora.VeloraConfig")
     monteclora_config: Any = option(
         None, "MonteCLoRA: learned noise on A", variant="monteclora", holds="methods.monteclora.MontecloraConfig"
     )
-    target_parameters: list[str] | None = option(None, "parameters that are no layer's weight", later=True)
-    trainable_token_indices: Any = option(None, "rows of the embedding that are trained", later=True)
-    ensure_weight_tying: bool = option(False, "adapt tied layers alike", later=True)
-    layer_replication: list[Any] | None = option(None, "stack copies of layers", later=True)
+    target_parameters: list[str] | None = option(None, "parameters, as those of experts", place="_parameters")
+    trainable_token_indices: Any = option(None, "ids of tokens to train, or {layer: ids}", place="_token_rows")
+    ensure_weight_tying: bool = option(False, "adapt layers that share a weight alike", place="_tied")
+    layer_replication: list[Any] | None = option(None, "spans [from, to) of layers, stacked", place="_replication")
     loftq_config: Any = option(dict, "LoftQConfig: bits and turns")
     eva_config: Any = option(None, "EvaConfig: how ranks are spread")
     corda_config: Any = option(None, "CordaConfig: what is trained, and files")
@@ -73,7 +73,7 @@ class LoRA(Started):
     def __init__(self, cfg: LoraConfig, site: Site) -> None:
         super().__init__()
         site.need("LoRA", "linear", "embedding", "conv")
-        (out, *fan_in), r = site.shape, site.pick(cfg.rank_pattern, cfg.r)
+        (out, *fan_in), (r, self.s) = site.shape, self.scale(cfg, site)
         if r % site.base.op.groups:
             raise NotSupported(f"LoRA on {site.name!r}: r={r} is no multiple of its {site.base.op.groups} groups")
         if cfg.lora_bias and site.kind == "embedding":
@@ -83,10 +83,15 @@ class LoRA(Started):
         ones = [1] * (len(fan_in) - 1)  # the file has B as a convolution where A is one
         self.lora_B = Factor(out, r // self.op.groups, *ones, bias=out if cfg.lora_bias else None)  # (out, r / groups)
         self.drop = nn.Dropout(cfg.lora_dropout) if site.kind != "embedding" else nn.Identity()  # ids cannot be dropped
-        self.s = site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
         if site.kind == "embedding":
             self.names = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}
         self.begin(cfg, site)
+
+    @staticmethod
+    def scale(cfg: LoraConfig, site: Site) -> tuple[int, float]:
+        """r and s"""
+        r = site.pick(cfg.rank_pattern, cfg.r)
+        return r, site.pick(cfg.alpha_pattern, cfg.lora_alpha) / (r**0.5 if cfg.use_rslora else r)
 
     def moved(self, w: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """W + s B A. A variant puts its own factors in."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, FanIn, Layers, Targets, in_range, method, option
-from trimtab.core.targets import TARGETS
 from trimtab.errors import NotMergeable
 from trimtab.methods._low_rank import Projections, dropout, mix, product, widest
+from trimtab.targets import TARGETS
 
 
 @dataclass(kw_only=True)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from trimtab.core.adapter import Adapter, Site
 from trimtab.core.config import Biases, Excludes, FanIn, Layers, Targets, in_range, method, one_of, option
-from trimtab.core.targets import TARGETS
 from trimtab.methods._wavelets import NAMES, low_pass
 from trimtab.methods.fourierft import count, places
+from trimtab.targets import TARGETS
 
 
 @dataclass(kw_only=True)

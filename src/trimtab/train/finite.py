@@ -58,7 +58,7 @@ class Skipped:
         if self.bad:
             what = f"{where}the loss is not finite for {some(self.bad)} ({len(self.bad)} of the step's {len(self.rows)} rows)"
         else:
-            what = f"{where}the gradient's norm is {float(norm)} over the rows {some(self.rows)}"
+            what = f"{where}the gradient's norm is {float(norm or 0)} over the rows {some(self.rows)}"
         if self.counts.in_a_row >= self.limit or trainer.is_deepspeed_enabled:  # which has taken the step by now
             times = f"; {self.counts.in_a_row} such steps in a row" if self.counts.in_a_row > 1 else ""
             raise TrainingError(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -48,8 +48,8 @@ def rows(dataset: Any) -> dict[str, Any] | None:
     """A hash over token ids and labels of each block of rows, in order. None where rows cannot be counted: a stream."""
     if not isinstance(dataset, Sized) or isinstance(dataset, Mapping):
         return None
-    size = -(-len(dataset) // BLOCKS) or 1
-    if len(dataset) and of(dataset[0], "input_ids") is None:
+    size, indexed = -(-len(dataset) // BLOCKS) or 1, cast(Any, dataset)
+    if len(dataset) and of(indexed[0], "input_ids") is None:
         return {"rows": len(dataset), "block": size, "hashes": []}  # images, sounds: reading all of them takes long
     return {"rows": len(dataset), "block": size, "hashes": list(_hashes(dataset, size))}
 

@@ -52,7 +52,10 @@ class Trainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         base: Any = self.base()
         another = self.compute_loss_func is not None or self.label_smoother is not None
-        self.decoder = not another and predicts_next(base)
+        own = any(g.adapter is not None and g.adapter.own_loss for g in groups(base).values())
+        self.decoder = not (another or own) and predicts_next(base)
+        if own:  # a mean over tokens that no label of the batch tells
+            self.model_accepts_loss_kwargs = False
         self._sparse = self.decoder and takes_positions(base.forward)
         if self.decoder:
             self.label_names = ["labels"]

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.adapter import ModelAdapter
+from trimtab.core.adapter import ModelAdapter, seeded
 from trimtab.core.config import PeftConfig, in_range, option
 from trimtab.errors import BadCheckpoint, ConfigError, NotSupported
 
 if TYPE_CHECKING:
     from trimtab.core.group import Group
 
-_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(kw_only=True)
@@ -66,35 +66,76 @@ def read_model(cfg: Any, model: nn.Module) -> Any:
 
 
 class Prompt(ModelAdapter):
-    """Holds the table of virtual tokens; `table()` (rows, width) is exactly what is saved, as `prompt_embeddings`."""
+    """Holds the table of virtual tokens; `table()` (rows, width) is exactly what is saved, as `prompt_embeddings`. A
+    `transform` makes it from a table of its own while training."""
 
-    def __init__(self, cfg: Any, rows: int, width: int) -> None:
+    def __init__(self, cfg: Any, rows: int, width: int, transform: nn.Module | None = None) -> None:
         super().__init__()
-        self.n, self.cfg = cfg.num_virtual_tokens, cfg
+        self.n, self.cfg, self.transform = cfg.num_virtual_tokens, cfg, transform
         self.embedding = nn.Embedding(rows, width)
+        nn.init.normal_(self.embedding.weight, generator=seeded("prompt_embeddings"))
+        for name, parameter in transform.named_parameters() if transform is not None else ():
+            owner: Any = transform.get_submodule(name.rpartition(".")[0])  # type: ignore[union-attr]
+            bound = (owner.hidden_size if isinstance(owner, nn.LSTM) else owner.in_features) ** -0.5  # as torch starts them
+            nn.init.uniform_(parameter, -bound, bound, generator=seeded(f"prompt_embeddings/{name}"))
 
     def table(self) -> Tensor:
-        return self.embedding.weight
+        return self.embedding.weight if self.transform is None else self.transform(self.embedding.weight)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self.table()}
+        training = self.training
+        try:
+            return {"prompt_embeddings": self.eval().table()}  # no dropout in what is saved
+        finally:
+            self.train(training)
+
+    def fitting(self, saved: Tensor) -> Tensor:
+        if saved.shape != (want := self.table().shape):
+            raise BadCheckpoint(f"prompt_embeddings is {tuple(saved.shape)} in the file and {tuple(want)} by its config")
+        return saved.detach().float()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Read a saved table. What made it (a projection) is not in the file: the table itself is what trains on."""
-        saved, want = tensors["prompt_embeddings"], tuple(self.table().shape)
-        if tuple(saved.shape) != want:
-            raise BadCheckpoint(f"prompt_embeddings is {tuple(saved.shape)} in the file and {want} by its config")
-        device = self.embedding.weight.device
-        self.embedding = nn.Embedding.from_pretrained(saved.detach().to(device, torch.float32).clone(), freeze=False)
+        own, saved = self.embedding.weight, self.fitting(tensors["prompt_embeddings"])
+        if self.transform is None:  # in place: an optimizer may hold it
+            own.data.copy_(saved)
+        else:
+            self.embedding = nn.Embedding.from_pretrained(saved.to(own.device, copy=True), freeze=not own.requires_grad)
+            self.transform = None
+
+    # -- what a caller says -------------------------------------------------------------------------------------------
+    heard: dict[str, Any] = {}  # arguments of this call that are the method's own, by name
+
+    def listen(self, group: Group, module: Any, args: Any, call: dict[str, Any]) -> Any:
+        """Before the model's forward, which must not see them."""
+        self.heard = {name: call.pop(name) for name in self.takes if name in call} if group.live else {}
+        return args, call
+
+    def forget(self, module: Any, args: Any, output: Any) -> None:
+        self.heard = {}
+
+    def told(self, name: str, batch: int) -> Any:
+        """What the caller said under this name, a row for each of the batch."""
+        value = self.heard.get(name)
+        if value is not None and len(value) != batch:
+            raise ConfigError(f"{name} has {len(value)} rows and the batch {batch}")
+        return value
 
     # -- the hook -----------------------------------------------------------------------------------------------------
-    def insert(self, call: dict[str, Any], model: nn.Module, batch: int) -> None:
-        """Put the virtual tokens into a call whose cache is empty."""
+    def insert(self, call: dict[str, Any], model: nn.Module, batch: int, side: str = "") -> None:
+        """Put the virtual tokens into a call whose cache is empty. `side`: `decoder_` in a model that has two."""
         raise NotImplementedError
 
     def attach(self, model: nn.Module, group: Group) -> list[Any]:
+        if not self.takes:
+            return self.attach_insert(model, group)
+        listening = model.register_forward_pre_hook(partial(self.listen, group), with_kwargs=True)
+        forgetting = model.register_forward_hook(self.forget, always_call=True)
+        return [listening, *self.attach_insert(model, group), forgetting]
+
+    def attach_insert(self, model: nn.Module, group: Group) -> list[Any]:
         where: Any = model
-        if self.cfg.task_type in _HEADS:  # under the head, so that labels and spans keep their positions
+        if self.cfg.task_type in HEADED:  # under the head, so that labels and spans keep their positions
             where = getattr(model, getattr(model, "base_model_prefix", ""), model)
         names = list(inspect.signature(where.forward).parameters)
         return [where.register_forward_pre_hook(partial(self.before, group, names), with_kwargs=True)]
@@ -123,7 +164,7 @@ class Prompt(ModelAdapter):
             call, f"{decoder}attention_mask", f"{decoder}position_ids", names, batch, (past or self.n) + length, length
         )
         if not past:
-            self.insert(call, model, batch)
+            self.insert(call, model, batch, decoder)
         if call[cache_name] is None:
             del call[cache_name]
 
