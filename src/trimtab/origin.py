@@ -104,9 +104,10 @@ def read(path: Path) -> dict[str, Any] | None:
     """The record in an adapter folder, if it has one."""
     if not (path / FILE).is_file():
         return None
-    base = read_json(path / FILE).get("base")
-    text = (base.get(k, "") for k in ("name", "weights", "values")) if isinstance(base, dict) else [None]
-    if not all(isinstance(t, str) for t in text) or not isinstance(base.get("config"), dict):
+    said: Any = read_json(path / FILE).get("base")
+    base: dict[str, Any] = said if isinstance(said, dict) else {}
+    text = (base.get(k, "") for k in ("name", "weights", "values"))
+    if not isinstance(base.get("config"), dict) or not all(isinstance(t, str) for t in text):
         raise BadCheckpoint(f"{path / FILE} holds no record of a base. Fix: remove it, and nothing is compared")
     return base
 
