@@ -31,7 +31,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", READERS)
 def test_it_is_read_or_refused(kind: str) -> None:
-    @settings(SAME_EACH_TIME, max_examples=CASES.get(kind, 300))
+    @settings(SAME_EACH_TIME, max_examples=CASES.get(kind, 200))
     @given(st.data())
     def look(data: st.DataObject) -> None:
         file = data.draw(FILES[kind])
@@ -119,6 +119,30 @@ def test_patterns_as_people_write_them_pass(pattern: str) -> None:
 def test_an_index_does_not_lead_out_of_its_folder(entry: str) -> None:
     message = READERS["index"](json.dumps({"weight_map": {"a": entry}}).encode())
     assert message is not None and "outside of the folder" in message
+
+
+def test_text_of_a_table_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xe8a")])
+    pq.write_table(pa.table({"text": broken}), tmp_path / "rows.parquet")
+    message = READERS["parquet"]((tmp_path / "rows.parquet").read_bytes())
+    assert message is not None and "not a parquet file" in message
+
+
+def test_a_table_of_too_many_rows_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from trimtab.data import read
+
+    pq.write_table(pa.table({"text": pa.array(["a"] * 100_000).dictionary_encode()}), tmp_path / "rows.parquet")
+    data = (tmp_path / "rows.parquet").read_bytes()
+    assert len(data) < 5_000 and READERS["parquet"](data) is None
+    monkeypatch.setattr(sys.modules[read.__module__], "MOST", 99_999)
+    message = READERS["parquet"](data)
+    assert message is not None and "claims 100,000 rows" in message
 
 
 def test_yaml_bombs_are_refused() -> None:

@@ -19,6 +19,7 @@ from trimtab.data.formats import describe, detect
 from trimtab.data.problems import Problems
 from trimtab.data.sources import find
 
+MOST = 50_000_000  # rows of one Parquet file
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
 
@@ -241,9 +242,14 @@ def _table(name: str, path: Path, data: bytes, problems: Problems) -> list[Row]:
         if path.suffix == ".arrow":
             table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
         else:
+            claimed = pq.ParquetFile(pa.BufferReader(data)).metadata.num_rows
+            if claimed > MOST:  # a few bytes can stand for any number of equal rows
+                problems.add(name, 0, "", f"claims {claimed:,} rows; {MOST:,} are read from one file", "split the file")
+                return []
             table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowInvalid, OSError) as error:
-        problems.add(name, 0, "", f"not a {path.suffix[1:]} file: {error}", "write it again, or fix its suffix",
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except Exception as error:  # pyarrow's own, and those of text that is no UTF-8 and of dates that are none
+        problems.add(name, 0, "", f"not a {path.suffix[1:]} file: {str(error)[:300]}", "write it again, or fix its suffix",
                      "not a Parquet file")
         return []
-    return [Row(name, number, fields) for number, fields in enumerate(table.to_pylist(), 1)]
+    return [Row(name, number, fields) for number, fields in enumerate(rows, 1)]

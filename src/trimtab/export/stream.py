@@ -89,8 +89,12 @@ def _unit(
     if not isinstance(module, AdapterLayer):
         yield from ((f"{path}.{k}" if path else k, t) for k, t in _own(module, deep=False))
         return
-    frozen(module).float()  # this layer alone, and only until it is written
+    held = [(p, p.data) for p in frozen(module).parameters() if p.is_floating_point()]
+    for p, data in held:
+        p.data = data.float()  # this layer alone, and only while it is merged
     module.merge(order)
+    for p, data in held:
+        p.data = data
     parent, _, leaf = path.rpartition(".")
     plain = model.get_submodule(parent)._modules[leaf] = module.base_layer.to(dtype)
     for name, tensor in plain.state_dict(keep_vars=True).items():
