@@ -117,7 +117,7 @@ def find_sites(
     for more in places(cfg, "sites"):
         found += more(cfg, model, adapter, found)
     _check(model, cfg, target, found, strict)
-    if strict:
+    if strict and not getattr(cfg, "target_parameters", None):  # who names some knows of the others
         _tell_experts(model, target, {s.name for s in found})
     _complete(model, cfg, target, found)
     return found
