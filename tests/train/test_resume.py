@@ -17,7 +17,7 @@ from test_checkpoints import Stop
 from test_run import lines, options, ran
 
 from trimtab.core.group import groups
-from trimtab.errors import BadCheckpoint, TrainingError, TrimtabWarning
+from trimtab.errors import BadCheckpoint, ConfigError, TrainingError, TrimtabWarning
 from trimtab.train import checkpoint
 from trimtab.train.trainer import Trainer
 
@@ -284,3 +284,11 @@ def test_verify_resume(model_folder: Path, rows: Path, tmp_path: Path, monkeypat
     with pytest.raises(TrainingError, match=r"1 of 28 tensors in trainable.safetensors, first .*, by 0.001 .*; losses, "):
         ran(replace(given, output_dir=str(tmp_path / "deep" / "out")))
     assert not (tmp_path / "deep").exists()
+
+
+def test_verify_resume_is_for_one_process(
+    model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="verify_resume starts processes of its own"):
+        ran(options(model_folder, rows, tmp_path, verify_resume=True))

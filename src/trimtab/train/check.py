@@ -94,6 +94,8 @@ def _numbers(o: TrainOptions) -> Iterator[str]:
             yield f"{name} is {value}; it must be above 0 ({usual})"
     if not 0 <= o.warmup_ratio < 1:
         yield f"warmup_ratio is {o.warmup_ratio}; it is a share of the steps: at least 0, below 1"
+    if o.verify_resume and batches.ranks() > 1:
+        yield "verify_resume starts processes of its own, and is for a run in one process: leave it out here"
     if o.max_steps != -1 and o.max_steps < 1:
         yield f"max_steps is {o.max_steps}; it must be at least 1 (or -1: num_train_epochs decides)"
     share, rest = divmod(max(o.batch_size, 1), batches.ranks())
