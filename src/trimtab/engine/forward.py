@@ -98,10 +98,10 @@ class Engine:
         rows = each.new_zeros(len(pack.members)).index_add_(0, put(pack.owner), each[put(pack.pair)])
         return Result(total, rows)
 
-    def _run(self, model: nn.Module, pack: Pack, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Hidden states before the head (T, d), and the model's own logits of its first token (V,)."""
+    def _run(self, model: nn.Module, pack: Pack, layout: Layout, *, own: int = 0) -> tuple[Tensor, Tensor]:
+        """Hidden states before the head (T, d), and the model's own logits of its first `own` tokens (own, V)."""
         ids = torch.from_numpy(pack.input_ids).to(layout.device)[None]
-        with _caught(self.head) as caught:
+        with _caught(self.head, own) as caught:
             out = model(
                 input_ids=ids, position_ids=layout.position_ids[None], layout=layout.handle, use_cache=False
             )
@@ -109,7 +109,7 @@ class Engine:
             raise NotSupported("the model does not put its hidden states through its output layer once")
         if layout.calls != self.layers:
             raise NotSupported(f"{layout.calls} of its {self.layers} layers read the layout")
-        return caught[0][0], out.logits[0, 0]
+        return caught[0][0], out.logits[0]
 
     # ---- can it be done at all
 
@@ -127,10 +127,10 @@ class Engine:
             with _as_it_was(self.model), _no_zeros(self.model):
                 with self.running():
                     self._run(self.model.train(), laid, Layout(laid.segments, device))  # what it refuses in training
-                    h, first = self._run(self.model.eval(), laid, layout)
+                    h, first = self._run(self.model.eval(), laid, layout, own=1)
                 wanted = [self.model(input_ids=torch.tensor([t], device=device), use_cache=False).logits[0] for t in tests]
                 z = head(h)
-                self.after = self._find_after(z[0], first)
+                self.after = self._find_after(z[0], first[0])
                 z = z if self.after is None else self.after(z)
                 loss = float(self._loss(h, laid).loss)
         except (TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -219,13 +219,13 @@ def _attention_layers(model: Any) -> int:
 
 
 @contextmanager
-def _caught(head: nn.Module) -> Iterator[list[Tensor]]:
-    """What goes into `head` inside; it is given the first token alone, so that no other logits are made."""
+def _caught(head: nn.Module, own: int) -> Iterator[list[Tensor]]:
+    """What goes into `head` inside; it is given the first `own` tokens alone, so that no other logits are made."""
     found: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         found.append(args[0])
-        return (args[0][:, :1], *args[1:])
+        return (args[0][:, :own], *args[1:])
 
     handle = head.register_forward_pre_hook(hook)
     try:
