@@ -26,6 +26,7 @@ class TrainOptions:
     overlong: Literal["drop", "truncate_prompt", "truncate_end", "error"] = option(
         "drop", "what happens to longer ones", group="Data"
     )
+    allow_unended: bool = option(False, "train though over 1 % of the rows teach no end of an answer", group="Data")
     train_on: Literal["assistant", "last", "all"] = option("assistant", "turns that carry loss", group="Data")
     chat_template: str | None = option(
         None, "chatml, chatglm or a .jinja file (default: the tokenizer's own)", group="Data"

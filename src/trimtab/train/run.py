@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 
 from trimtab.core.config import config_for, method_of
 from trimtab.data import Prepared, Renderer, prepare
+from trimtab.data.ends import check_ends
 from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
@@ -103,8 +104,11 @@ def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prep
         say.line("", line)
     own = "the tokenizer's own template" if renderer.chat_template is None else o.chat_template or "a layout of ours"
     ends = f"answers end with {renderer.end_of_turn}" if renderer.end_of_turn else "the text ends with eos"
+    open_rows = check_ends(data.train, renderer, max_length=o.max_length, overlong=o.overlong, allowed=o.allow_unended)
     turns = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "every token"}[o.train_on]
     say.line("loss on", f"{turns}; {own}, {ends}")
+    if open_rows:
+        say.line("", open_rows)
     if renderer.chat_template is not None:
         tokenizer.chat_template = renderer.chat_template  # so that the adapter folder renders as training did
     talks.try_saving(renderer)
