@@ -37,6 +37,7 @@ AT_LEAST = {
     "loraplus_lr_embedding": 0,
     "riemannian_reg": 0,
     "stop_after_nonfinite": 1,
+    "stall_seconds": 0,
 }
 # those of transformers that need no settings of their own
 SCHEDULES = (

@@ -82,6 +82,9 @@ class TrainOptions:
     stop_after_nonfinite: int = option(
         3, "steps in a row whose loss or gradient is not finite that end the run; 1: the first", group="Run"
     )
+    stall_seconds: float = option(
+        900.0, "stand still for so long: one line, and where all threads are into the folder; 0: never", group="Run"
+    )
     load_best_model_at_end: bool = option(False, "keep the adapter with the lowest validation loss", group="Run")
     report_to: list[str] = option(list, "loggers of transformers: tensorboard, wandb, ...", group="Run")
     resume_from_checkpoint: str | None = option(None, "continue from a checkpoint folder, or `last`", group="Run")

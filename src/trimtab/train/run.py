@@ -214,6 +214,7 @@ class Job:
             optim=o.optim if o.optim in low_rank.OPTIONS else None,
             optim_options=asdict(o),
             stop_after_nonfinite=o.stop_after_nonfinite,
+            stall_seconds=o.stall_seconds,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
