@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
+from trimtab import mergeable
 from trimtab.core.config import config_for, method_of
+from trimtab.core.group import groups
 from trimtab.data import Prepared, Renderer, prepare
 from trimtab.data.ends import check_ends
 from trimtab.engine.compile import choose
@@ -142,6 +144,8 @@ def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
     share = f"{100 * trained / every:.2f} %"
     name = method_of(model.peft_config["default"]).name
     say.line("adapter", f"{name}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}")
+    for why in filter(None, map(mergeable.never, groups(model.get_base_model()).values())):
+        say.line("merge", why)
 
 
 class Job:
