@@ -224,11 +224,10 @@ class Scaled(Adapter):
     """W + m (W' - W), and the bias likewise: y = m y' + (1 - m) y_0, for a layer's answer is linear in its weight. What stands
     around a block is scaled by its answer, and the block is called once, for its cache would count a second call."""
 
-    names = {"inner.": ""}
-
     def __init__(self, inner: Adapter, multiplier: float) -> None:
         super().__init__()
         self.inner, self.multiplier, self.additive = inner, multiplier, inner.additive
+        self.names = {f"inner.{own}": name for own, name in inner.names.items()} | {"inner.": ""}
         self.on_modules = inner.on_modules  # type: ignore[misc] - that of what is scaled
 
     def weight(self, w: Tensor) -> Tensor:

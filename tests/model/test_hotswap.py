@@ -21,6 +21,7 @@ from trimtab import (
     PeftModel,
     PeftModelForCausalLM,
     get_peft_model,
+    get_peft_model_state_dict,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
     rescale_adapter_scale,
@@ -195,7 +196,7 @@ CONFIGS: dict[str, Any] = {
 def test_a_rescaled_adapter_does_that_much_of_what_it_does(name: str) -> None:
     model: PeftModelForCausalLM = get_peft_model(llama(), CONFIGS[name]())  # type: ignore[assignment]
     move(model)
-    before, keys = logits(model.eval()), set(model.state_dict())
+    before, keys, published = logits(model.eval()), set(model.state_dict()), set(get_peft_model_state_dict(model))
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     w = layer.port.weight()
     d = layer.adapters["default"].weight(w) - w
@@ -208,6 +209,7 @@ def test_a_rescaled_adapter_does_that_much_of_what_it_does(name: str) -> None:
             model.merge_adapter()
             assert (logits(model) - half).abs().max() < 1e-5
             model.unmerge_adapter()
+        assert set(get_peft_model_state_dict(model)) == published
         state = model.get_layer_status()[0]
         assert state.active_adapters == ["default"] and state.enabled and state.available_adapters == ["default"]
     assert torch.equal(logits(model), before) and set(model.state_dict()) == keys
