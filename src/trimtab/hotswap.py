@@ -237,7 +237,7 @@ class Scaled(Adapter):
         after = self.inner.bias(b, w)
         return after if after is None else self.multiplier * after + (0 if b is None else (1 - self.multiplier) * b)
 
-    def forward(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
         before: Any = base(x, *args, **kwargs)
         own = Answered(base, before) if base.op.kind == "module" else base
         after: Any = self.inner(x, own, *args, **kwargs)
