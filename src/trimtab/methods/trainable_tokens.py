@@ -68,7 +68,8 @@ class TrainableTokens(Adapter):
         """What the base answers with the rows so raised, without a copy of all the others."""
         change = (self.trainable_tokens_delta - self.original).to(x.device)
         if not along:
-            return base(x).to(change.dtype).index_add(-1, self.ids.to(x.device), x.to(change.dtype) @ change.T)
+            more = x.to(change.dtype) @ change.T  # under autocast in another dtype than either
+            return base(x).to(more.dtype).index_add(-1, self.ids.to(x.device), more)
         if type(base.op.layer).forward is not nn.Embedding.forward:  # scaled, as Gemma's
             return base.op(x, self.raised(base.weight(), along))
         return base(x) + nn.functional.embedding(self.slots.to(x.device)[x], nn.functional.pad(change, (0, 0, 1, 0)))
