@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"states"},
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
-    {"fused", "store", "optim", "origin", "bounded"},
+    {"fused", "store", "optim", "origin", "bounded", "mergeable"},
     {"blend", "mixed", "cartridges", "scalings"},
     {"verbs"},
     {"status", "convert", "hotswap", "inject"},
@@ -38,7 +38,9 @@ LAYERS: list[set[str]] = [
 APART = {"data": {"errors"}, "demo": {"errors"}}
 DATA_USERS = {"engine", "train", "evaluate", "export", "serve", "doctor", "cli", "ui"}
 # code that must run where transformers is absent, or must not know it
-NO_TRANSFORMERS = {"errors", "files", "headers", "typed", "origin", "bounded", "core", "bases", "inits", "store", "blend"}
+NO_TRANSFORMERS = {
+    "errors", "files", "headers", "typed", "origin", "bounded", "core", "bases", "inits", "store", "blend", "mergeable",
+}  # fmt: skip
 # imported inside functions of their own file only
 VENDORS = set("bitsandbytes hqq auto_gptq gptqmodel awq torchao gguf peft trl deepspeed wandb".split())
 

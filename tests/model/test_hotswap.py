@@ -159,6 +159,7 @@ def test_preparing_too_late_or_for_too_little(tmp_path: Path) -> None:
     assert given.r == 8 and given.rank_pattern == {"q_proj": 8}
 
 
+@pytest.mark.filterwarnings("ignore:adapter 'default' mixes the groups")
 def test_groups_of_a_convolution_and_embeddings_keep_their_rows(tmp_path: Path) -> None:
     def made() -> nn.Module:
         torch.manual_seed(0)

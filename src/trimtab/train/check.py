@@ -15,7 +15,7 @@ from trimtab.data import Problems
 from trimtab.data.sources import find
 from trimtab.errors import ConfigError, TrimtabError, nearest
 from trimtab.files import try_folder
-from trimtab.model import get_peft_model
+from trimtab.model import checkpoint_activations, get_peft_model
 from trimtab.train import batches, checkpoint, load, low_rank
 from trimtab.train.options import TrainOptions
 
@@ -37,6 +37,7 @@ AT_LEAST = {
     "loraplus_lr_embedding": 0,
     "riemannian_reg": 0,
     "stop_after_nonfinite": 1,
+    "stall_seconds": 0,
 }
 # those of transformers that need no settings of their own
 SCHEDULES = (
@@ -169,6 +170,8 @@ def _sites(o: TrainOptions) -> None:
         return
     try:
         shape = load.skeleton(o.model, trust_remote_code=o.trust_remote_code)
+        if o.gradient_checkpointing:
+            checkpoint_activations(shape)  # which not every method goes with
     except Exception:  # code of the folder's own may want weights; loading them says what is wrong
         return
     with warnings.catch_warnings():

@@ -27,7 +27,9 @@ from trimtab.train.batches import EXAMPLES, ROWS, Collator, Together
 from trimtab.train.checkpoint import Counts
 from trimtab.train.finite import IN_A_ROW, Skipped, broken, some
 from trimtab.train.objectives.sft import predicts_next, row_losses, supervised, takes_positions
+from trimtab.train.options import TrainOptions
 from trimtab.train.packing import Packing, remembered
+from trimtab.train.stalls import Watch
 from trimtab.train.state import random_state, set_random_state
 
 
@@ -47,7 +49,7 @@ class Trainer(transformers.Trainer):
 
     def __init__(
         self, *args: Any, packing: Packing | None = None, stop_after_nonfinite: int = IN_A_ROW, optim: str | None = None,
-        optim_options: Any = None, **kwargs: Any,
+        optim_options: Any = None, stall_seconds: float = TrainOptions.stall_seconds, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         base: Any = self.base()
@@ -69,6 +71,8 @@ class Trainer(transformers.Trainer):
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep gradients where they cannot be read
             self.add_callback(StepAudit(lambda: self.skipped.now))
         self.add_callback(_Steps(self))
+        self.watch = Watch(Path(str(self.args.output_dir)), self.args.process_index, stall_seconds)
+        self.add_callback(self.watch)
         self.optim_said = {} if optim is None else {"optim": f"{optim} {low_rank.chosen(optim, optim_options)}"}
         if optim is not None:
             self.optimizer = low_rank.optimizer(optim, self.base(), self.args, optim_options)
@@ -94,7 +98,8 @@ class Trainer(transformers.Trainer):
         self.taken = 0
         self._trained = same.adapters(self.live())  # as they start: methods write what they find out into their config
         self._mark, self._paused = time.perf_counter(), 0.0
-        result = super().train(*args, **kwargs)
+        with self.watch:
+            result = super().train(*args, **kwargs)
         self._clock()
         return result
 
@@ -259,7 +264,8 @@ class Trainer(transformers.Trainer):
         """Draws no random number that training would miss."""
         start, random = time.perf_counter(), random_state(self.args.device)
         try:
-            return super().evaluate(*args, **kwargs)
+            with self.watch.during("an evaluation"):
+                return super().evaluate(*args, **kwargs)
         finally:
             set_random_state(random, self.args.device)
             self._paused += time.perf_counter() - start
@@ -318,7 +324,8 @@ class Trainer(transformers.Trainer):
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        saving.save(self, trial)
+        with self.watch.during("a save"):
+            saving.save(self, trial)
 
     def signature(self, *, steps: bool = True) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
