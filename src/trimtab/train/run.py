@@ -19,6 +19,7 @@ from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
 from trimtab.model import PeftModel, checkpoint_activations
+from trimtab.states import unmergeable
 from trimtab.train import batches, checkpoint, layouts, load, low_rank, picture, samples, talks
 from trimtab.train.audits import trainable
 from trimtab.train.batches import Together
@@ -138,6 +139,8 @@ def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
     share = f"{100 * trained / every:.2f} %"
     name = method_of(model.peft_config["default"]).name
     say.line("adapter", f"{name}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}")
+    if why := unmergeable(model.get_base_model()):
+        say.line("", f"it will not merge into a plain model: {why}")
 
 
 class Job:
