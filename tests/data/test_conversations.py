@@ -106,6 +106,8 @@ def test_kto_text_and_flags(tmp_path: Path) -> None:
         ({"instruction": "a", "output": 5}, "output: must be a string, found int"),
         ({"instruction": "", "input": "", "output": "b"}, "instruction: instruction and input are both empty"),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0]: must be a pair of strings"),
+        ({"messages": "[" * 100_000}, "messages: nested too deeply"),
+        ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "messages: half of a surrogate pair"),
         ({"question": "a", "answer": "b"}, "no known format in the columns question, answer. Fix: rename 'question"),
         ({"messages": []}, "messages: must be a list of messages, found an empty list"),
         ({"messages": "{"}, "messages: not JSON"),
