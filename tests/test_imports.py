@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
     {"fused", "store", "optim", "origin", "bounded", "mergeable"},
-    {"blend", "mixed", "cartridges", "scalings"},
+    {"blend", "mixed", "cartridges", "scalings", "vocabulary"},
     {"verbs"},
     {"status", "convert", "hotswap", "inject"},
     {"model"},
