@@ -146,6 +146,14 @@ def test_every_problem_of_every_row_at_once(tmp_path: Path) -> None:
     assert "rows.jsonl:2: output: missing; found instruction. Fix: add 'output'" in str(error.value)
 
 
+@pytest.mark.parametrize(("good", "bad"), [("1", "0"), ("TRUE", "FALSE"), ("True", "false"), ("1.0", "0.0")])
+def test_verdicts_in_csv_cells(tmp_path: Path, good: str, bad: str) -> None:
+    """As prompt/completion rows, the answers that are to be avoided would be learnt."""
+    file = tmp_path / "rows.csv"
+    file.write_text(f"prompt,completion,label\na,b,{good}\na,c,{bad}\n")
+    assert [c.label for c in conversations(read([file]))] == [True, False]
+
+
 def test_csv_cells_that_hold_json(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text('messages,tools\n"[{""role"":""user"",""content"":""hi""},{""role"":""assistant"",""content"":""yo""}]",\n')
