@@ -104,8 +104,8 @@ class AdapterLayer(nn.Module):
         self.restack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # `to`, `half`, `cuda`: what is kept goes along
-        self.kept = [layer._apply(fn) for layer in self.kept]
-        return super()._apply(fn, recurse)
+        self.kept = [layer._apply(fn) for layer in self.kept]  # pyright: ignore[reportUnknownMemberType]
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def unmerge(self) -> None:
         if self.kept:

@@ -146,8 +146,8 @@ def _no_optimizer(name: str) -> str:
 
 
 def _loggers(names: list[str]) -> Iterator[str]:
-    from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     there = get_available_reporting_integrations()
     for name in names:
