@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
     {"fused", "store", "optim", "origin", "bounded", "mergeable"},
-    {"blend", "mixed", "cartridges", "scalings"},
+    {"blend", "mixed", "cartridges", "scalings", "vocabulary"},
     {"verbs"},
     {"status", "convert", "hotswap", "inject"},
     {"model"},
@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
     {"export"},  # a merge loads the base in the form that the run trained on, as train.load does
     {"serve", "doctor"},
     {"cli", "ui"},
+    {"__main__"},
 ]
 # beside the ladder: data stands on errors alone, whatever trains, answers or shows may use it; demo is rows and a model
 # for the command line; options name a run for both

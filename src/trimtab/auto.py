@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trimtab import store
+from trimtab import store, vocabulary
 from trimtab.core.config import PeftConfig
 from trimtab.errors import BadCheckpoint, ConfigError
 from trimtab.model import PeftModel
@@ -46,7 +46,8 @@ class AutoPeftModel:
                 f"{path} says neither task nor class of its base model; use an AutoPeftModelFor... class"
             )
         base = getattr(transformers, name).from_pretrained(config.base_model_name_or_path, **kwargs)
-        _resize(base, path)
+        if not vocabulary.needed(base, config, store.read(path), path):  # else it grows, if it must, when the adapter is loaded
+            _resize(base, path)
         return PeftModel.from_pretrained(base, path, adapter_name, is_trainable=is_trainable, config=config)
 
 

@@ -237,7 +237,8 @@ def _base(p: Patient) -> Found:
     if p.different:
         return "cause", f"another base: {p.different}", "load it on the base that it was made for: --model FOLDER"
     if origin.read(p.folder) is None:
-        return _unknown(f"the folder has no {origin.FILE}: which base it was made for is known by name alone{_named(p)}")
+        missing = f"the folder has no record of its base ({origin.FILE})"
+        return _unknown(f"{missing}: which one it was made for is known by name alone{_named(p)}")
     return _well("the base has the config, the tensors and the values that were recorded")
 
 

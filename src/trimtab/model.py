@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import trimtab.fused  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers the faster forms
-from trimtab import mergeable, mixed, origin, scalings, states, store
+from trimtab import mergeable, mixed, origin, scalings, states, store, vocabulary
 from trimtab.bounded import bounded
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
@@ -197,31 +197,33 @@ class PeftModel(Verbs):
         subfolder: str | None = None,
     ) -> store.LoadReport:
         """Put the adapter of a folder beside the others, not active yet. Any key that is missing, unexpected or mis-shaped
-        raises and leaves the model as it was; `strict=False` returns the report instead."""
+        raises and leaves the model as it was; `strict=False` returns the report instead. A base that lacks the rows of added
+        tokens, which the file holds, is made longer."""
         model, path = self.get_base_model(), store.folder(model_id, subfolder)
         config = replaced(config or PeftConfig.from_pretrained(path), inference_mode=not is_trainable)
         origin.check(path, model, strict=strict)
         tensors = store.read(path, allow_pickle=allow_pickle)
         for pattern, new in (key_mapping or {}).items():
             tensors = {re.sub(pattern, new, k): v for k, v in tensors.items()}
-        fresh = adapter_name not in groups.groups(model)
-        if fresh:
-            config = scalings.beside(config, path)
-            if whole := store.saved_whole(model, config, tensors):
-                config = replaced(config, modules_to_save=whole)
-            with bounded(model, tensors, str(path)):
-                self._attach(adapter_name, config, autocast_adapter_dtype, strict=False)
-        group = groups.group(model, adapter_name)
-        try:
-            report = store.load(
-                model, group, tensors, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, source=str(path)
-            )
-        except Exception:
+        with vocabulary.lengthened(model, config, tensors, path, strict=strict):
+            fresh = adapter_name not in groups.groups(model)
             if fresh:
-                groups.delete(model, adapter_name)
-            raise
-        if fresh:
-            group.trainable(is_trainable)
+                config = scalings.beside(config, path)
+                if whole := store.saved_whole(model, config, tensors):
+                    config = replaced(config, modules_to_save=whole)
+                with bounded(model, tensors, str(path)):
+                    self._attach(adapter_name, config, autocast_adapter_dtype, strict=False)
+            group = groups.group(model, adapter_name)
+            try:
+                report = store.load(
+                    model, group, tensors, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, source=str(path)
+                )
+            except Exception:
+                if fresh:
+                    groups.delete(model, adapter_name)
+                raise
+            if fresh:
+                group.trainable(is_trainable)
         return report
 
     def save_pretrained(
@@ -255,7 +257,7 @@ class PeftModel(Verbs):
             )
             folder = Path(save_directory) / ("" if name == "default" else name)
             store.save(folder, group, values)
-            origin.write(folder, self.get_base_model())
+            origin.write(folder, self.get_base_model(), vocabulary.rows(self.get_base_model()))
 
     # -- counting -----------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

@@ -27,6 +27,7 @@ ESSENTIAL = (
     "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "n_head", "num_heads", "num_key_value_heads",
     "head_dim", "num_local_experts", "num_experts", "moe_intermediate_size", "num_experts_per_tok",
 )  # fmt: skip
+ROWS = "embedding_rows"
 SAMPLE = 64  # bytes from the middle of each tensor
 
 
@@ -95,23 +96,35 @@ def essential(config: dict[str, Any]) -> dict[str, Any]:
     return {k: values[k] for k in ESSENTIAL if isinstance(values.get(k), (str, int))}
 
 
-def write(path: Path, model: Any) -> None:
-    """Put the record of a model's base into an adapter folder, where the model knows its folder."""
-    if (found := describe(model)) is not None:
-        write_text(path / FILE, json.dumps({"base": found}, indent=2, ensure_ascii=False) + "\n")
+def write(path: Path, model: Any, rows: int | None = None) -> None:
+    """Put the record of a model's base into an adapter folder, where the model knows its folder, and how many rows its
+    input embedding has now: tokens may have been added to the base."""
+    base = describe(model)
+    found = ({} if base is None else {"base": base}) | ({} if rows is None else {ROWS: rows})
+    if found:
+        write_text(path / FILE, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     else:
         (path / FILE).unlink(missing_ok=True)  # of another base, which stood here before
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The record in an adapter folder, if it has one."""
-    if not (path / FILE).is_file():
+    """The record of a base in an adapter folder, if it has one."""
+    said = read_json(path / FILE) if (path / FILE).is_file() else {ROWS: 0}
+    base: Any = said.get("base")
+    if "base" not in said and ROWS in said:
         return None
-    base: Any = read_json(path / FILE).get("base")
     text = (base.get(k, "") for k in ("name", "weights", "values")) if isinstance(base, dict) else [None]
     if not all(isinstance(t, str) for t in text) or not isinstance(base.get("config"), dict):
         raise BadCheckpoint(f"{path / FILE} holds no record of a base. Fix: remove it, and nothing is compared")
     return base
+
+
+def rows(path: Path) -> int | None:
+    """How many rows of embeddings the model had that an adapter folder was made on, where that is recorded."""
+    found: Any = read_json(path / FILE).get(ROWS) if (path / FILE).is_file() else None
+    if found is not None and (type(found) is not int or found < 1):
+        raise BadCheckpoint(f"{path / FILE}: {ROWS} is {str(found)[:40]!r}, and no number of rows. Fix: remove the entry")
+    return found
 
 
 def difference(path: Path, model: Any) -> str:
@@ -122,6 +135,8 @@ def difference(path: Path, model: Any) -> str:
     folder = folder_of(model)
     here: dict[str, Any] = fingerprint(folder) if folder else {"config": _live(model)}
     name = str(folder or getattr(model, "name_or_path", "") or type(model).__name__)
+    if folder is None and here["config"].get("vocab_size") == rows(path):
+        del here["config"]["vocab_size"]  # made longer already, as the base was when the adapter was made
     if why := _apart(there, here):
         return f"made for {there.get('name') or 'a base without a name'}, and this is {name}: {why}"
     if "values" in here and there.get("values", "").partition("-")[0] != here["values"].partition("-")[0]:

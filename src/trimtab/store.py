@@ -30,6 +30,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 ROOT = "base_model."
 PREFIX = "base_model.model."
+# under which other tools write the whole weight of a frozen layer, behind its path
+FROZEN = ("token_adapter.base_layer.weight", "base_layer.weight", "original_module.weight", "weight")
 
 
 @dataclass
@@ -184,7 +186,7 @@ def load(
         own = live(group)
     for key, value in given.items():
         if key not in own:
-            if not _same_as_base(model, key, value):
+            if not _same_as_base(model, key, value) and not _twice(model, key, value, given):
                 report.unexpected_keys.append(key)
         elif tuple(own[key].shape) != tuple(value.shape):
             report.mismatched_keys.append(f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}")
@@ -227,15 +229,29 @@ def _normal(key: str, own: Mapping[str, Tensor]) -> str:
     return key if key in own or f"{PREFIX}{key}" not in own else f"{PREFIX}{key}"
 
 
-def _same_as_base(model: nn.Module, key: str, value: Tensor) -> bool:
-    path, _, leaf = key.removeprefix(PREFIX).removesuffix(".weight").partition(".base_layer")
+def _weight(model: nn.Module, key: str, suffix: str) -> Any:
+    """The frozen weight of the layer whose tensor `suffix` a key names."""
     try:
-        layer = frozen(at(model, path))
+        return getattr(frozen(at(model, key.removeprefix(PREFIX).removesuffix(f".{suffix}"))), "weight", None)
     except AttributeError:
-        return False
-    weight = getattr(layer, "weight", None)
-    same = isinstance(weight, Tensor) and leaf == "" and key.endswith(".weight") and weight.shape == value.shape
-    return bool(same and torch.equal(weight.to(value.device, value.dtype), value))  # type: ignore[union-attr]
+        return None
+
+
+def _twice(model: nn.Module, key: str, value: Tensor, given: Mapping[str, Tensor]) -> bool:
+    """Whether a file, as other tools write them, holds under `key` what it holds under another one too: a copy of a module,
+    and rows that tied layers share."""
+    names = [name] if (name := key.replace(".modules_to_save.", ".")) != key and name in given else list[str]()
+    rows = "token_adapter.trainable_tokens_delta"
+    if key.endswith(rows) and (weight := _weight(model, key, rows)) is not None:
+        names += [k for k in given if k != key and k.endswith(rows) and _weight(model, k, rows) is weight]
+    return any(torch.equal(given[k], value) for k in names)
+
+
+def _same_as_base(model: nn.Module, key: str, value: Tensor) -> bool:
+    suffix = next((s for s in FROZEN if key.endswith(f".{s}")), "")
+    weight = _weight(model, key, suffix)
+    same = isinstance(weight, Tensor) and suffix != "" and weight.shape == value.shape
+    return same and torch.equal(weight.to(value.device, value.dtype), value)
 
 
 def _message(group: Group, own: Mapping[str, Tensor], report: LoadReport, source: str) -> str:

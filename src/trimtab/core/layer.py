@@ -61,10 +61,8 @@ class AdapterLayer(nn.Module):
 
     def restack(self) -> None:
         """Recompute the stack; called when what is active changes, not per call."""
-        if self.disabled:
-            self.stack_: Base = port(self.kept[0]) if self.kept else self.port
-        else:
-            self.stack_ = self.stack(tuple(n for n in self.active if n not in self.merged_adapters))
+        bare = port(self.kept[0]) if self.kept else self.port
+        self.stack_ = bare if self.disabled else self.stack(tuple(n for n in self.active if n not in self.merged_adapters))
 
     def add(self, name: str, adapter: Adapter, site: Site, *, full_precision: bool = True) -> None:
         """Put `adapter` on; it is born on the layer's device, in float32 unless the layer computes in float64."""
@@ -72,8 +70,7 @@ class AdapterLayer(nn.Module):
         dtype = torch.float32 if full_precision and low else site.base.dtype
         own = site.kind == "module" and not adapter.on_modules  # a copy of the module, which keeps its
         adapter.train(self.training).to(device=site.base.device, dtype=None if own else dtype)
-        held = self.adapters[name] if name in self.adapters else None
-        self.adapters[name] = adapter if held is None else Both(adapter, held)  # type: ignore[arg-type]
+        self.adapters[name] = Both(adapter, self.adapters[name]) if name in self.adapters else adapter  # type: ignore[arg-type]
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
@@ -95,8 +92,7 @@ class AdapterLayer(nn.Module):
         return pick
 
     def merge(self, names: tuple[str, ...], *, safe: bool = False) -> None:
-        names = self.mergeable(names)
-        if not names:
+        if not (names := self.mergeable(names)):
             return
         top: Any = self.stack(names)
         layer = top.adapter.merged(top)  # one rebuild for all of them: rounded once
@@ -106,6 +102,10 @@ class AdapterLayer(nn.Module):
         self.merged_adapters += names
         self.base_layer, self.port = layer, port(layer)
         self.restack()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # `to`, `half`, `cuda`: what is kept goes along
+        self.kept = [layer._apply(fn) for layer in self.kept]  # pyright: ignore[reportUnknownMemberType]
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def unmerge(self) -> None:
         if self.kept:

@@ -24,11 +24,11 @@ class TrainableTokensConfig(PeftConfig):
 
 @method("TRAINABLE_TOKENS", config=TrainableTokensConfig, small={"token_indices": [5, 1]})
 class TrainableTokens(Adapter):
-    """W'[token] = W[token] + (t - t0)  for the tokens of a list                                       no paper
+    """W'[token] = t + (W[token] - t0)  for the tokens of a list                                       no paper
 
     t (tokens, dim) is trained, starts at the frozen rows t0 of the base and is saved as it is, so that W'[token] = t on any
-    base. The rows stand along the inputs of an embedding and along the outputs of a linear layer. Layers whose weight is
-    tied to the embedding's follow it.
+    base; what other adapters add to W[token] stays added. The rows stand along the inputs of an embedding
+    and along the outputs of a linear layer. Layers whose weight is tied to the embedding's follow it.
     """
 
     additive = True
@@ -61,17 +61,22 @@ class TrainableTokens(Adapter):
         return "embed_tokens" if found is None else found.name
 
     def raised(self, w: Tensor, along: int) -> Tensor:
-        change = (self.trainable_tokens_delta - self.original).to(w.device)
-        return w.to(change.dtype).index_add(along, self.ids.to(w.device), change.T if along else change)
+        ids, t, t0 = self.ids.to(w.device), self.trainable_tokens_delta.to(w.device), self.original.to(w.device)
+        w = w.to(t.dtype)
+        rows = w.index_select(along, ids)
+        return w.index_copy(along, ids, (t.T + (rows - t0.T)) if along else (t + (rows - t0)))
 
     def applied(self, x: Tensor, base: Base, along: int) -> Tensor:
         """What the base answers with the rows so raised, without a copy of all the others."""
-        change = (self.trainable_tokens_delta - self.original).to(x.device)
+        t, t0 = self.trainable_tokens_delta.to(x.device), self.original.to(x.device)
         if not along:
-            return base(x).to(change.dtype).index_add(-1, self.ids.to(x.device), x.to(change.dtype) @ change.T)
+            own = x.to(t.dtype) @ (t - t0).T  # under autocast in another dtype than either
+            return base(x).to(own.dtype).index_add(-1, self.ids.to(x.device), own)
         if type(base.op.layer).forward is not nn.Embedding.forward:  # scaled, as Gemma's
             return base.op(x, self.raised(base.weight(), along))
-        return base(x) + nn.functional.embedding(self.slots.to(x.device)[x], nn.functional.pad(change, (0, 0, 1, 0)))
+        slot = self.slots.to(x.device)[x]
+        pad = lambda rows: nn.functional.embedding(slot, nn.functional.pad(rows, (0, 0, 1, 0)))  # noqa: E731
+        return pad(t) + (base(x) - pad(t0))
 
     def weight(self, w: Tensor) -> Tensor:
         return self.raised(w, self.along)

@@ -22,7 +22,7 @@ from trimtab.data import Example
 from trimtab.errors import TrainingError
 from trimtab.model import PeftModel
 from trimtab.train import checkpoint, layouts, low_rank, same, saving
-from trimtab.train.audits import StepAudit, some_labels, trainable
+from trimtab.train.audits import StepAudit, answering, labels_of, some_labels, trainable
 from trimtab.train.batches import EXAMPLES, ROWS, Collator, Together
 from trimtab.train.checkpoint import Counts
 from trimtab.train.finite import IN_A_ROW, Skipped, broken, some
@@ -92,6 +92,7 @@ class Trainer(transformers.Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         trainable(self.model)
+        answering(self.base())
         if self.decoder:
             some_labels(_items(self.train_dataset))
         self.counts, self._logged, self.skipped = Counts(), Counts(), Skipped(self._limit)
@@ -184,10 +185,11 @@ class Trainer(transformers.Trainer):
         batch = {k: v for k, v in inputs.items() if k != ROWS}
         if not self.decoder or return_outputs:
             return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
-        rows = inputs.get(ROWS) or [f"row {i + 1} of the batch" for i in range(len(batch["labels"]))]
+        labels = labels_of(batch, inputs.get(ROWS, []))
+        rows = inputs.get(ROWS) or [f"row {i + 1} of the batch" for i in range(len(labels))]
         self.skipped.rows += rows
         if num_items_in_batch is None:
-            num_items_in_batch = supervised(batch["labels"]).sum()
+            num_items_in_batch = supervised(labels).sum()
         if num_items_in_batch == 0:
             raise TrainingError(f"{self._at()}: no supervised token in the rows {some(self.skipped.rows)}")
         losses = row_losses(model, batch, sparse=self._sparse)
@@ -297,7 +299,8 @@ class Trainer(transformers.Trainer):
         """For each row of a batch: its summed loss, its supervised tokens, where it comes from."""
         if EXAMPLES not in inputs:
             batch = self._prepare_inputs({k: v for k, v in inputs.items() if k != ROWS})
-            return row_losses(model, batch, sparse=self._sparse), supervised(batch["labels"]), inputs.get(ROWS, [])
+            counts = supervised(labels_of(batch, inputs.get(ROWS, [])))
+            return row_losses(model, batch, sparse=self._sparse), counts, inputs.get(ROWS, [])
         assert self.packing is not None
         examples: list[Example] = inputs[EXAMPLES]
         packing, losses = self.packing, torch.zeros(len(examples), device=self.args.device)
