@@ -107,7 +107,7 @@ def _ends(model: Any) -> dict[str, Tensor]:
     found: list[Tensor] = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            layer = getattr(model, name, lambda: None)()
+            layer: Any = getattr(model, name, lambda: None)()
         except (NotImplementedError, AttributeError):  # models of other things than text
             layer = None
         weight = getattr(frozen(layer), "weight", None) if isinstance(layer, nn.Module) else None

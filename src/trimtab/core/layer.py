@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab import masters
 from trimtab.call import Call
 from trimtab.core.adapter import Adapted, Adapter, Site
 from trimtab.core.base import Base, port
@@ -70,10 +71,11 @@ class AdapterLayer(nn.Module):
         """Put `adapter` on; it is born on the layer's device, in float32 unless the layer computes in float64."""
         low = site.base.dtype in (torch.float16, torch.bfloat16) or site.base.dtype.itemsize == 1
         dtype = torch.float32 if full_precision and low else site.base.dtype
-        own = site.kind == "module" and not adapter.on_modules  # a copy of the module, which keeps its
+        own = site.kind == "module" and not adapter.on_modules  # a copy of the module
         adapter.train(self.training).to(device=site.base.device, dtype=None if own else dtype)
-        held = self.adapters[name] if name in self.adapters else None
-        self.adapters[name] = adapter if held is None else Both(adapter, held)  # type: ignore[arg-type]
+        if own and full_precision:
+            masters.raised(adapter)
+        self.adapters[name] = Both(adapter, self.adapters[name]) if name in self.adapters else adapter  # type: ignore[arg-type]
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
@@ -95,8 +97,7 @@ class AdapterLayer(nn.Module):
         return pick
 
     def merge(self, names: tuple[str, ...], *, safe: bool = False) -> None:
-        names = self.mergeable(names)
-        if not names:
+        if not (names := self.mergeable(names)):
             return
         top: Any = self.stack(names)
         layer = top.adapter.merged(top)  # one rebuild for all of them: rounded once
