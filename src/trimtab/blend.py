@@ -267,7 +267,7 @@ def _whole(layer: AdapterLayer, here: list[tuple[str, float]]) -> dict[str, Tens
         if not isinstance(adapter, FullTune):
             raise NotSupported(f"{name!r} adapts a layer that another adapter of the combination has a whole copy of")
         for k, t in adapter.copy.state_dict().items():
-            found[k] = found[k] + w * (t.to(found[k].dtype) - before[k]) if t.is_floating_point() else t
+            found[k] = found[k] + w * (t - before[k]) if t.is_floating_point() else t
     return found
 
 

@@ -107,7 +107,7 @@ def _ends(model: Any) -> dict[str, Tensor]:
     found: list[Tensor] = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            layer = getattr(model, name, lambda: None)()
+            layer: Any = getattr(model, name, lambda: None)()
         except (NotImplementedError, AttributeError):  # models of other things than text
             continue
         layer = frozen(layer) if isinstance(layer, nn.Module) else layer

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab import masters
 from trimtab.core.adapter import Adapted, Adapter, Site
 from trimtab.core.base import Base
 from trimtab.errors import NotSupported
 
 
 class FullTune(Adapter):
-    """y = copy(x): the module is copied whole and the copy is trained; the original stays what it was."""
+    """y = copy(x): the module is copied whole and the copy is trained, in float32; the original stays what it was."""
 
     names = {"copy.": ""}
 
@@ -22,10 +23,10 @@ class FullTune(Adapter):
         self.copy = copy.deepcopy(site.base.layer).requires_grad_(True)
 
     def forward(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Tensor:
-        return self.copy(x, *args, **kwargs)
+        return masters.called(self.copy, base.layer, x, *args, **kwargs)
 
     def merged(self, site: Adapted) -> nn.Module:
-        return copy.deepcopy(self.copy).requires_grad_(False)
+        return masters.rounded(copy.deepcopy(self.copy), site.base.layer)
 
 
 class BiasTune(Adapter):
@@ -43,6 +44,4 @@ class BiasTune(Adapter):
         return self.value
 
     def forward(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Tensor:
-        b = base.bias()
-        assert b is not None
-        return base(x) + base.op.out(self.value - b)
+        return base(x) + base.op.out(self.value - base.bias())  # type: ignore[operator] # it has one: see __init__

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab import masters
 from trimtab.call import Call
 from trimtab.core.adapter import Adapted, Adapter, Site
 from trimtab.core.base import Base, port
@@ -66,10 +67,10 @@ class AdapterLayer(nn.Module):
 
     def add(self, name: str, adapter: Adapter, site: Site, *, full_precision: bool = True) -> None:
         """Put `adapter` on; it is born on the layer's device, in float32 unless the layer computes in float64."""
-        low = site.base.dtype in (torch.float16, torch.bfloat16) or site.base.dtype.itemsize == 1
-        dtype = torch.float32 if full_precision and low else site.base.dtype
-        own = site.kind == "module" and not adapter.on_modules  # a copy of the module, which keeps its
+        dtype = masters.born(site.base.dtype, full_precision)
+        own = site.kind == "module" and not adapter.on_modules  # a copy of the module
         adapter.train(self.training).to(device=site.base.device, dtype=None if own else dtype)
+        masters.raised(adapter, own and full_precision)
         self.adapters[name] = Both(adapter, self.adapters[name]) if name in self.adapters else adapter  # type: ignore[arg-type]
 
     def remove(self, name: str) -> None:
