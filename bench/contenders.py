@@ -103,6 +103,7 @@ def our_command(job: Job, rows: int, flags: tuple[str, ...], output: Path) -> li
         "warmup_ratio": 0,
         "train_on": "last",
         "overlong": "truncate_end",
+        "allow_unended": "true",
         "sample_prompts": "Hello",  # one short answer before and after, outside the clock
     }
     if job.four_bit:

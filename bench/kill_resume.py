@@ -176,7 +176,7 @@ class Bench:
                 return None
             time.sleep(0.0005)
         if wanted is not None:
-            time.sleep(self.draw.uniform(0, 0.02))
+            time.sleep(self.draw.uniform(0, 0.004))  # a step of so small a model takes some milliseconds
         doing = ("between", "in a step", "in a save")[self.phase.now()]
         os.kill(child, signal.SIGKILL)
         return doing if os.WIFSIGNALED(os.waitpid(child, 0)[1]) else None

@@ -8,15 +8,15 @@ from typing import Any
 
 Line = dict[str, Any]
 BASE = "base"
-HEAD = ("method", "exact match", "loss", "trained", "adapter", "tokens/s", "peak memory", "learning rate", "of")
+HEAD = ("method", "exact match", "loss", "steps", "trained", "adapter", "tokens/s", "peak memory", "learning rate", "of")
 NOTES = """\
 - exact match, loss: on rows that nothing was chosen by. The loss is the mean over the tokens of the answers.
 - learning rate: the one of three with the lowest loss on other held-out rows after {search}; *of* shows those losses. An
   arrow: it is the highest (↑) or lowest (↓) that was tried, so a better one may lie beyond.
 - All linear layers are adapted where a method takes them, else those that it takes by default; all its other options are
   the defaults, LoRA's and its variants' r=8 and alpha=16.
-- trained: numbers that are trained. adapter: the size of its file. tokens/s: the examples' own tokens over the seconds of
-  training, layers not compiled. peak memory: of the whole process, model included.
+- steps: how many, and of how many examples. trained: numbers that are trained. adapter: the size of its file. tokens/s: the
+  examples' own tokens over the seconds of training, layers not compiled. peak memory: of the whole process, model included.
 """
 
 
@@ -40,7 +40,7 @@ def failures(lines: list[Line]) -> dict[str, str]:
 
 def searched(lines: list[Line], final: Line) -> list[Line]:
     same = [line for line in lines if line["method"] == final["method"] and line["stage"] == "search"]
-    latest = {line["rate"]: line for line in same if line["rows"] == final["rows"]}
+    latest = {line["rate"]: line for line in same if all(line[k] == final[k] for k in ("rows", "batch_size"))}
     return sorted(latest.values(), key=lambda line: line["rate"])
 
 
@@ -63,11 +63,12 @@ def _about(done: list[Line], header: dict[str, Any]) -> list[str]:
     machine, trained = header["machine"], [line for line in done if line["method"] != BASE]
     first = (trained or done)[0]
     versions = ", ".join(f"{name} {number}" for name, number in header["versions"].items())
+    sizes = " or ".join(str(n) for n in sorted({line["batch_size"] for line in trained or done}))
     busy = [line["others_cores"] for line in done if line.get("others_cores") is not None]
     found = [
         "- `python bench/methods.py`",
         f"- {first['model']} on banking77 (a message, one of 77 intents): {first['rows']:,} rows, {first['epochs']:g} epochs, "
-        f"{first['batch_size']} examples a step; {first['val']} rows choose the learning rate, {first['test']} others are "
+        f"{sizes} examples a step; {first['val']} rows choose the learning rate, {first['test']} others are "
         "answered",
         f"- {machine['cpu']}, {machine['cores']} cores, bf16 units: {machine['bf16']}; {machine['system']}",
         f"- {versions}",
@@ -86,6 +87,7 @@ def _row(line: Line, tried: list[Line]) -> list[str]:
         line["method"],
         right,
         f"{line['loss']:.3f}",
+        f"{line['steps']} x {line['batch_size']}",
         f"{line['trainable_parameters']:,}",
         size(line["adapter_bytes"]),
         f"{line['tokens_per_second']:,.0f}",

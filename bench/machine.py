@@ -6,14 +6,18 @@ import hashlib
 import os
 import platform
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import trimtab
+from trimtab.train import record
 
 PACKAGES = ("trimtab", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 MATRIX_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bf16"}
+
+
+def versions() -> dict[str, str]:
+    return record.versions(PACKAGES)
 
 
 def machine() -> dict[str, Any]:
@@ -34,16 +38,6 @@ def _memory() -> int | None:
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def code() -> str:

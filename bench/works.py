@@ -50,7 +50,7 @@ WORKS = {
             "alpaca",
             "instructions with long answers (alpaca_en_demo)",
             (ALPACA,),
-            {"trimtab": 192, "peft_trainer": 32, "trl_sft": 32, "trl_packing": 32},
+            {"trimtab": 640, "peft_trainer": 32, "trl_sft": 32, "trl_packing": 32},
             trl_batch=4,
         ),
         Work(
@@ -80,7 +80,7 @@ WORKS = {
             "gsm8k",
             "word problems with worked answers (gsm8k_train)",
             (GSM8K,),
-            {"trimtab": 192, "peft_trainer": 32, "trl_packing": 32},
+            {"trimtab": 640, "peft_trainer": 32, "trl_packing": 32},
         ),
         Work(
             "demo",

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"states"},
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
-    {"fused", "store", "optim", "origin", "bounded"},
+    {"fused", "store", "optim", "origin", "bounded", "mergeable"},
     {"blend", "mixed", "cartridges", "scalings", "vocabulary"},
     {"verbs"},
     {"status", "convert", "hotswap", "inject"},
@@ -32,13 +32,16 @@ LAYERS: list[set[str]] = [
     {"export"},  # a merge loads the base in the form that the run trained on, as train.load does
     {"serve", "doctor"},
     {"cli", "ui"},
+    {"__main__"},
 ]
 # beside the ladder: data stands on errors alone, whatever trains, answers or shows may use it; demo is rows and a model
 # for the command line; options name a run for both
 APART = {"data": {"errors"}, "demo": {"errors"}}
 DATA_USERS = {"engine", "train", "evaluate", "export", "serve", "doctor", "cli", "ui"}
 # code that must run where transformers is absent, or must not know it
-NO_TRANSFORMERS = {"errors", "files", "headers", "typed", "origin", "bounded", "core", "bases", "inits", "store", "blend"}
+NO_TRANSFORMERS = {
+    "errors", "files", "headers", "typed", "origin", "bounded", "core", "bases", "inits", "store", "blend", "mergeable",
+}  # fmt: skip
 # imported inside functions of their own file only
 VENDORS = set("bitsandbytes hqq auto_gptq gptqmodel awq torchao gguf peft trl deepspeed wandb".split())
 

@@ -7,6 +7,7 @@ An adapter enters by its D_i alone, so its method does not matter, nor its rank,
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -245,6 +246,8 @@ def combine(
 def _chosen(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> Chosen:
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: one weight for each adapter, and one at least")
+    if not all(math.isfinite(w) for w in weights):
+        raise ConfigError(f"weights={list(weights)}: each must be a finite number")
     if len({*adapters}) < len(adapters):
         raise ConfigError(f"adapters={list(adapters)}: each of them once")
     found = [(groups.group(model, name), float(w)) for name, w in zip(adapters, weights, strict=True)]

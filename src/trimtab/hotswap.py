@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import store
+from trimtab.bases._parts import Parts, Slab
 from trimtab.blend import spread
 from trimtab.core import group as groups
 from trimtab.core.adapter import Adapter, Site
@@ -22,6 +24,7 @@ from trimtab.core.group import Group
 from trimtab.core.sites import frozen
 from trimtab.errors import BadCheckpoint, ConfigError, NoMatch, NotMergeable, NotSupported, TrimtabWarning
 from trimtab.methods.lora import LoRA, LoraConfig
+from trimtab.mixed import Answered
 from trimtab.verbs import Verbs
 
 # fields that do not change what given tensors do: where they came from, how they started, where they go
@@ -64,13 +67,13 @@ def hotswap_adapter_from_state_dict(
     if any(adapter_name in layer.merged_adapters for layer in group.layers.values()):
         raise NotMergeable(f"adapter {adapter_name!r} is merged into the weights: unmerge_adapter() first")
     old, new = group.config.to_dict(), config.to_dict()
-    plain = {path: lora for path, lora in _loras(group)}
+    plain = _loras(group)
     free = FREE | (SCALES if plain else set())
     if odd := sorted(k for k in old.keys() | new.keys() if k not in free and old.get(k) != new.get(k)):
         shown = "; ".join(f"{k} {old.get(k)!r} here, {new.get(k)!r} there" for k in odd)
         raise ConfigError(f"another adapter cannot take the place of {adapter_name!r}: {shown}")
     given = {k if k.startswith(store.ROOT) else f"{store.PREFIX}{k}": v for k, v in state_dict.items()}
-    scales = {path: _fit(group, path, lora, config, given) for path, lora in plain.items()}
+    scales = [_fit(group, place, config, given) for place in plain]
     own = store.live(group)
     if missing := [k for k in own if k not in given]:  # layers that only the old one had
         whole = all(isinstance(a, LoRA) for _, a in group.sites())
@@ -78,8 +81,8 @@ def hotswap_adapter_from_state_dict(
             raise BadCheckpoint(f"the other adapter has no {missing[0]}: nothing was swapped")
         given |= {k: torch.zeros_like(own[k]) for k in missing}
     store.load(base, group, given)
-    for path, lora in plain.items():
-        _set_scale(lora, scales[path])
+    for place, scale in zip(plain, scales, strict=True):
+        _set_scale(place.lora, scale)
     group.config = _described(group, config) if plain else config
 
 
@@ -87,31 +90,61 @@ def _paths(keys: list[str]) -> set[str]:
     return {k.removeprefix(store.PREFIX).rpartition(".lora_")[0] for k in keys}
 
 
-def _loras(group: Group) -> Iterator[tuple[str, LoRA]]:
-    found: list[tuple[str, LoRA]] = list(group.each(LoRA))
-    if started := [path for path, lora in found if lora.start_A is not None]:
+@dataclass(frozen=True)
+class Place:
+    """A LoRA of an adapter: the layer's path, the name that patterns know it by, where the file holds it, and whether the
+    factors of how many experts lie in one tensor (0: of none)."""
+
+    path: str
+    name: str
+    prefix: str
+    lora: LoRA
+    experts: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.lora.lora_A.weight.shape[0] // max(1, self.experts)
+
+    def padded(self, t: Tensor, dim: int, rank: int) -> Tensor:
+        """A (`dim` 0) or B (1) with zeros up to this rank: A has the rows of a group, or of an expert, one after another, and
+        B its experts' columns rank by rank."""
+        parts, copies = self.lora.op.groups, max(1, self.experts)
+        return _padded(t, dim, rank * copies, parts * copies if dim == 0 else parts)
+
+
+def _places(path: str, adapter: nn.Module) -> Iterator[Place]:
+    if not isinstance(adapter, Parts):
+        yield from (Place(path, path, "", m) for m in adapter.modules() if isinstance(m, LoRA))
+        return
+    for name, part, own in zip(adapter.paths, adapter.of, adapter.parts, strict=True):
+        experts = own.experts if isinstance(own, Slab) else 0
+        yield from (Place(path, name, part.prefix, m, experts) for m in own.modules() if isinstance(m, LoRA))
+
+
+def _loras(group: Group) -> list[Place]:
+    found = [place for path, adapter in group.sites() for place in _places(path, adapter)]
+    if started := [place.path for place in found if place.lora.start_A is not None]:
         raise NotSupported(
             f"adapter {group.name!r} started by an init that is taken off on {started[0]!r}: save it, which writes a plain "
             "LoRA, and load that"
         )
-    return iter(found)
+    return found
 
 
-def _fit(group: Group, path: str, lora: LoRA, config: Any, given: dict[str, Tensor]) -> float:
+def _fit(group: Group, place: Place, config: Any, given: dict[str, Tensor]) -> float:
     """The scale of the new LoRA on a layer. Its tensors in `given` become as large as those that are there."""
-    layer = group.layers[path]
-    rank, scale = LoRA.scale(config, Site(path, port(frozen(layer))))
-    here, parts = lora.lora_A.weight.shape[0], lora.op.groups
+    rank, scale = LoRA.scale(config, Site(place.name, port(frozen(group.layers[place.path]))))
+    stem = f"{store.PREFIX}{place.path}.{place.prefix}lora_"
     for name, dim in (("A", 0), ("B", 1)):
-        for key in (f"{store.PREFIX}{path}.lora_{name}.weight", f"{store.PREFIX}{path}.lora_embedding_{name}"):
+        for key in (f"{stem}{name}.weight", f"{stem}embedding_{name}"):
             if key not in given:
                 continue
-            if rank > here:
+            if rank > place.rank:
                 raise ConfigError(
-                    f"{path!r} has room for rank {here}, and the other adapter has {rank} there. Before the model is compiled: "
-                    f"prepare_model_for_compiled_hotswap(model, target_rank={rank})"
+                    f"{place.name!r} has room for rank {place.rank}, and the other adapter has {rank} there. Before the "
+                    f"model is compiled: prepare_model_for_compiled_hotswap(model, target_rank={rank})"
                 )
-            given[key] = _padded(given[key], dim, here, parts)
+            given[key] = place.padded(given[key], dim, place.rank)
     return scale
 
 
@@ -133,7 +166,7 @@ def _set_scale(lora: LoRA, scale: float) -> None:
 
 def _described(group: Group, config: Any) -> PeftConfig:
     """The config that says what the tensors are now: their ranks with the zeros, and the alpha that gives each its scale."""
-    found = {path: (lora.lora_A.weight.shape[0], float(lora.s)) for path, lora in _loras(group)}
+    found = {p.name: (p.rank, float(torch.as_tensor(p.lora.s).flatten()[0])) for p in _loras(group)}
     r, ranks = spread({path: r for path, (r, _) in found.items()})
     root = 0.5 if config.use_rslora else 1
     alpha, alphas = spread({path: s * n**root for path, (n, s) in found.items()})
@@ -158,43 +191,44 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "warn":
             warnings.warn(text, TrimtabWarning)
     known = groups.groups(_bare(model)).values()
-    found = [(group, path, lora) for group in known for path, lora in _loras(group)]
+    found = [(group, place) for group in known for place in _loras(group)]
     if not found:
         raise NoMatch("the model carries no LoRA: load the first one, then prepare, then compile")
     if target_rank is not None:
-        _pad([(path, lora) for _, path, lora in found], target_rank)
-    for _, _, lora in found:
-        if not isinstance(lora.s, Tensor):
-            scale = torch.tensor(float(lora.s), dtype=lora.lora_A.weight.dtype, device=lora.lora_A.weight.device)
+        _pad([place for _, place in found], target_rank)
+    for _, place in found:
+        if not isinstance((lora := place.lora).s, Tensor):
+            scale = lora.lora_A.weight.new_full([place.experts] * (place.experts > 0), float(lora.s))
             del lora.s
             lora.register_buffer("s", scale, persistent=False)
-    for group in {id(g): g for g, _, _ in found}.values():
+    for group in {id(g): g for g, _ in found}.values():
         group.config = _described(group, group.config)
     if config is not None and target_rank is not None:
         for cfg in config.values() if isinstance(config, dict) else [config]:
             cfg.r, cfg.rank_pattern = target_rank, dict.fromkeys(cfg.rank_pattern, target_rank)
 
 
-def _pad(found: list[tuple[str, LoRA]], rank: int) -> None:
-    for path, lora in found:
-        here, parts = lora.lora_A.weight.shape[0], lora.op.groups
-        if rank < here or rank % parts:
-            why = f"its {parts} groups do not divide it" if rank % parts else f"it has rank {here}"
-            raise ConfigError(f"target_rank={rank} does not go on {path!r}: {why}")
-    for _, lora in found:
-        for factor, dim in ((lora.lora_A, 0), (lora.lora_B, 1)):
-            factor.weight.data = _padded(factor.weight.data, dim, rank, lora.op.groups)
+def _pad(found: list[Place], rank: int) -> None:
+    for place in found:
+        parts = place.lora.op.groups
+        if rank < place.rank or rank % parts:
+            why = f"its {parts} groups do not divide it" if rank % parts else f"it has rank {place.rank}"
+            raise ConfigError(f"target_rank={rank} does not go on {place.name!r}: {why}")
+    for place in found:
+        for factor, dim in ((place.lora.lora_A, 0), (place.lora.lora_B, 1)):
+            factor.weight.data = place.padded(factor.weight.data, dim, rank)
 
 
 # -- scale ------------------------------------------------------------------------------------------------------------
 class Scaled(Adapter):
-    """W + m (W' - W), and the bias likewise: y = m y' + (1 - m) y_0, for both are linear in the weight."""
-
-    names = {"inner.": ""}
+    """W + m (W' - W), and the bias likewise: y = m y' + (1 - m) y_0, for a layer's answer is linear in its weight. What stands
+    around a block is scaled by its answer, and the block is called once, for its cache would count a second call."""
 
     def __init__(self, inner: Adapter, multiplier: float) -> None:
         super().__init__()
         self.inner, self.multiplier, self.additive = inner, multiplier, inner.additive
+        self.names = {f"inner.{own}": name for own, name in inner.names.items()} | {"inner.": ""}
+        self.on_modules = inner.on_modules  # type: ignore[misc] - that of what is scaled
 
     def weight(self, w: Tensor) -> Tensor:
         return w + self.multiplier * (self.inner.weight(w) - w)
@@ -203,9 +237,13 @@ class Scaled(Adapter):
         after = self.inner.bias(b, w)
         return after if after is None else self.multiplier * after + (0 if b is None else (1 - self.multiplier) * b)
 
-    def forward(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Tensor:
-        y = base(x, *args, **kwargs)
-        return y + self.multiplier * (self.inner(x, base, *args, **kwargs) - y)
+    def forward(self, x: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
+        before: Any = base(x, *args, **kwargs)
+        own = Answered(base, before) if base.op.kind == "module" else base
+        after: Any = self.inner(x, own, *args, **kwargs)
+        y, z = (t[0] if isinstance(t, tuple) else t for t in (before, after))
+        y = y + self.multiplier * (z - y)
+        return (y, *after[1:]) if isinstance(after, tuple) else y
 
 
 @contextmanager
@@ -224,14 +262,19 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Generato
     if not found:
         raise NoMatch("the model carries no adapter whose scale could be changed")
     before = [(layer, dict(layer.adapters.items())) for _, layer in found]
+    several = [(a, a.multiplier) for _, adapters in before for a in adapters.values() if isinstance(a, Parts)]
     try:
+        for parts, already in several:  # the layer uses its weights inside, so its answer is not linear in them
+            parts.multiplier = already * float(multiplier)
         for layer, adapters in before:
             for name, adapter in adapters.items():
-                if not isinstance(adapter, FullTune):
+                if not isinstance(adapter, (FullTune, Parts)):
                     layer.adapters[name] = Scaled(adapter, float(multiplier)).train(adapter.training)  # type: ignore[arg-type]
             layer.restack()
         yield
     finally:
+        for parts, already in several:
+            parts.multiplier = already
         for layer, adapters in before:
             for name, adapter in adapters.items():
                 if name in layer.adapters:

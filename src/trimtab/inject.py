@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from trimtab import mixed, store
+from trimtab import mergeable, mixed, store
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig
 from trimtab.verbs import Verbs
@@ -22,6 +22,7 @@ def inject_adapter_in_model(
     """Put an active, trainable adapter on a bare model, and return the model itself."""
     group = groups.attach(model, peft_config, adapter_name)
     mixed.watch(model)
+    mergeable.warn(group)
     groups.activate(model, [*groups.active(model), adapter_name], trainable=not peft_config.inference_mode)
     if state_dict is not None:
         store.load(model, group, state_dict)

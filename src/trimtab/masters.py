@@ -1,4 +1,4 @@
-"""Trained copies of modules on 16-bit bases: what is trained is float32, what computes is rounded to the original's dtype.
+"""What is trained on 16-bit bases is float32. A copy of a module computes with its weights rounded to the original's dtype:
 
     y = module(x; round(w)),   dL/dw = dL/d round(w)        w float32
 
@@ -16,10 +16,16 @@ from torch import nn
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def raised(copy: nn.Module) -> None:
+def born(dtype: torch.dtype, full_precision: bool) -> torch.dtype:
+    """In which an adapter starts on a layer that computes in `dtype`."""
+    low = dtype in HALVES or dtype.itemsize == 1
+    return torch.float32 if full_precision and low else dtype
+
+
+def raised(copy: nn.Module, full_precision: bool) -> None:
     """Raise the parameters of a copied module to float32, in place. Not where a recurrent layer is in it: torch keeps its
     weights in a second list, past which they cannot be rounded for a call."""
-    if not any(isinstance(m, nn.RNNBase) for m in copy.modules()):
+    if full_precision and not any(isinstance(m, nn.RNNBase) for m in copy.modules()):
         for p in copy.parameters():
             p.data = p.data.float() if p.dtype in HALVES else p.data
 

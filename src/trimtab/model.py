@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import trimtab.fused  # noqa: F401 # pyright: ignore[reportUnusedImport] - registers the faster forms
-from trimtab import mixed, origin, scalings, states, store, vocabulary
+from trimtab import mergeable, mixed, origin, scalings, states, store, vocabulary
 from trimtab.bounded import bounded
 from trimtab.core import group as groups
 from trimtab.core.config import PeftConfig, replaced
@@ -148,6 +148,8 @@ class PeftModel(Verbs):
             scalings.load_experts(self, config)
         group = groups.attach(model, config, name, full_precision=full_precision, strict=strict)
         mixed.watch(model)
+        if strict:
+            mergeable.warn(group)
         return group
 
     @classmethod

@@ -16,8 +16,9 @@ from trimtab.core.sites import at, frozen
 from trimtab.errors import NoMatch, NotMergeable, TrimtabWarning
 
 
-def to_merge(model: nn.Module, names: list[str] | None = None) -> tuple[str, ...]:
+def to_merge(model: nn.Module, names: list[str] | str | None = None) -> tuple[str, ...]:
     """The adapters that a merge of `names` (all active ones) takes, in their order; raises where one cannot be merged."""
+    names = [names] if isinstance(names, str) else names
     chosen = [group(model, n) for n in (active(model) if names is None else names)]
     if prompts := [g.name for g in chosen if g.adapter is not None]:
         raise NotMergeable(
@@ -35,7 +36,7 @@ def to_merge(model: nn.Module, names: list[str] | None = None) -> tuple[str, ...
     return order
 
 
-def merge(model: nn.Module, names: list[str] | None = None, *, safe: bool = False) -> None:
+def merge(model: nn.Module, names: list[str] | str | None = None, *, safe: bool = False) -> None:
     """Write active adapters into the weights; `unmerge` gives the originals back exactly."""
     order = to_merge(model, names)
     try:

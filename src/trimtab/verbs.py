@@ -14,7 +14,7 @@ from trimtab.core.base import port
 from trimtab.core.config import PeftConfig
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.sites import frozen
-from trimtab.errors import NoMatch, TrimtabWarning
+from trimtab.errors import ConfigError, NoMatch, TrimtabWarning
 from trimtab.scalings import Scalings
 
 SPENT = "this PeftModel carries no adapter any more; go on with the model that merge_and_unload() or unload() returned"
@@ -85,7 +85,7 @@ class Verbs(Scalings, nn.Module):
         )
         return blend.add_weighted_adapter(self.get_base_model(), adapter_name, adapters, weights, recipe)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(self, adapter_names: list[str] | str | None = None, safe_merge: bool = False) -> None:
         """Write active adapters into the weights. `safe_merge`: raise if a weight would not be finite."""
         states.merge(self.get_base_model(), adapter_names, safe=safe_merge)
 
@@ -100,12 +100,20 @@ class Verbs(Scalings, nn.Module):
         self.merge_adapter(adapter_names, safe_merge)
         base = self.get_base_model()
         tell_new_biases(base, [name for name, layer in groups.adapted(base) if has_new_bias(layer)])
-        model: Any = self.unload()
+        model: Any = self._unloaded()
         untie(model)
         return model
 
     def unload(self) -> Any:
         """The plain base model without adapters. This object is spent afterwards."""
+        if merged := sorted({n for _, layer in groups.adapted(self.get_base_model()) for n in layer.merged_adapters}):
+            raise ConfigError(
+                f"{', '.join(merged)}: merged, so that this would not be the base model. unmerge_adapter() first; or "
+                f"merge_and_unload(), which gives the merged model"
+            )
+        return self._unloaded()
+
+    def _unloaded(self) -> Any:
         model = self.get_base_model()
         states.unload(model)
         tuner: Any = self._modules.get("base_model", self)

@@ -109,9 +109,10 @@ def _ends(model: Any) -> dict[str, Tensor]:
         try:
             layer: Any = getattr(model, name, lambda: None)()
         except (NotImplementedError, AttributeError):  # models of other things than text
-            layer = None
-        weight = getattr(frozen(layer), "weight", None) if isinstance(layer, nn.Module) else None
-        if isinstance(weight, Tensor) and weight.dim() == 2 and (found or isinstance(frozen(layer), nn.Embedding)):
+            continue
+        layer = frozen(layer) if isinstance(layer, nn.Module) else layer
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and (found or isinstance(layer, nn.Embedding)):
             found.append(weight)
     held = {name: getattr(frozen(module), "weight", None) for name, module in layers(model)} if found else {}
     return {name: weight for weight in found for name, own in held.items() if own is weight}

@@ -21,7 +21,7 @@ def line(method: str = "lora", stage: str = "final", rate: float = 3e-3, **over:
     found: dict[str, Any] = {
         "method": method, "stage": stage, "rate": rate, "epochs": 4 if stage == "final" else 1, "rows": 1000, "val": 100,
         "test": 200, "batch_size": 16, "model": "m", "val_loss": 0.5, "trainable_parameters": 1234, "adapter_bytes": 3 << 20,
-        "tokens_per_second": 1000.4, "peak_memory_bytes": 3 << 30, "others_cores": 0.1,
+        "tokens_per_second": 1000.4, "peak_memory_bytes": 3 << 30, "others_cores": 0.1, "steps": 63,
     }  # fmt: skip
     if stage == "final":
         found |= {"exact_match": 0.615, "loss": 0.25}
@@ -94,7 +94,8 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert [e["method"] for e in finals(lines)] == ["ia3", "lora", "base"]
     assert failures(lines) == {"arrow": "needs adapters"}
     text = table(lines, HEADER)
-    want = "| lora | 61.5 % | 0.250 | 1,234 | 3.0 MB | 1,000 | 3.0 GB | 0.003 | 0.0005: 0.600, 0.003: 0.400, 0.02: 2.000 |"
+    want = "| lora | 61.5 % | 0.250 | 63 x 16 | 1,234 | 3.0 MB | 1,000 | 3.0 GB | 0.003 | 0.0005: 0.600, 0.003: 0.400, "
+    want += "0.02: 2.000 |"
     assert want in text and "| 0.3 KB | 1,000 | 3.0 GB | 0.02 ↑ |" in text
     assert "| *the model untouched* | 0.5 % | 3.000 |" in text
     assert "- arrow: needs adapters" in text and "after 1 epoch;" in text

@@ -30,7 +30,8 @@ class Place:
         return file
 
     def train(self, data: Path, *more: str) -> list[str]:
-        out = ["--output_dir", str(self.path / "out"), "--max_steps", "1"]
+        out = [] if any(m.startswith("--output_dir") for m in more) else ["--output_dir", str(self.path / "out")]
+        out += ["--max_steps", "1"]
         model = [] if any(m.startswith("--model") for m in more) else ["--model", str(self.model)]
         return ["train", str(data), *out, *model, *more]
 
@@ -164,6 +165,43 @@ def missing_rows(p: Place) -> list[str]:
     return p.train(p.path / "rows.jsonl")
 
 
+def into_a_model(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW), f"--output_dir={shutil.copytree(p.model, p.path / 'model')}")
+
+
+def into_a_folder_of_rows(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW).parent, f"--output_dir={p.path}")
+
+
+def over_its_own_rows(p: Place) -> list[str]:
+    return p.train(p.write("metrics.jsonl", ROW), f"--output_dir={p.path}")
+
+
+def a_model_with_an_adapter_in_it(p: Place) -> list[str]:
+    model = Path(shutil.copytree(p.model, p.path / "model"))
+    shutil.copy(p.adapter / "adapter_config.json", model)
+    return p.train(p.write("rows.jsonl", ROW), f"--model={model}")
+
+
+def unknown_logger(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW), "--report_to", "tensorbord")
+
+
+def optimizer_of_a_missing_package(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW), "--optim", "adamw_torch_xla")
+
+
+def half_a_character(p: Place) -> list[str]:
+    return p.train(p.write("rows.jsonl", ROW, '{"input": "x", "output": "a\\udfff"}'))
+
+
+def a_base_that_moved(p: Place) -> list[str]:
+    adapter = p.broken_adapter()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/moved/away"}))
+    return ["doctor", str(adapter)]
+
+
 CASES: list[tuple[Case, list[str]]] = [
     (bad_json, ["rows.jsonl:7", "JSON"]),
     (missing_field, ["rows.jsonl:2", "output"]),
@@ -189,6 +227,14 @@ CASES: list[tuple[Case, list[str]]] = [
     (negative_rate, ["learning_rate is -0.0001", "above 0", "2e-4"]),
     (unknown_adapter, ["lorra", "Did you mean 'lora'?"]),
     (no_adapter_there, ["nothing", "no adapter folder"]),
+    (into_a_model, ["output_dir", "holds a model", "choose another folder"]),
+    (into_a_folder_of_rows, ["output_dir", "is a folder of rows", "choose another one"]),
+    (over_its_own_rows, ["metrics.jsonl", "have the name of a file that is written", "rename them"]),
+    (a_model_with_an_adapter_in_it, ["holds a model and an adapter", "a folder of their own"]),
+    (unknown_logger, ["report_to 'tensorbord'", "Did you mean 'tensorboard'?"]),
+    (optimizer_of_a_missing_package, ["optim adamw_torch_xla is not to be had here", "torch_xla"]),
+    (half_a_character, ["rows.jsonl:2", "half of a surrogate pair", "take it out"]),
+    (a_base_that_moved, ["/moved/away", "If it lies elsewhere now: --model FOLDER"]),
     (missing_rows, ["rows.jsonl", "no such file", "near it: rows.json", "check the path"]),
 ]
 
@@ -205,6 +251,18 @@ def test_it_ends_with_the_place_and_the_fix(
     assert "error: " in result.stderr and "Traceback" not in result.output
     assert [w for w in words if w not in result.stderr] == [], result.stderr
     assert everything(tmp_path) == before
+
+
+def test_a_full_disk_is_said_where_a_library_has_its_own_exception(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adapter: Path, run: Callable
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    result = run("merge", adapter, "--output_dir", tmp_path / "merged")
+    assert result.exit_code == 2 and "error: No space left on device" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def everything(folder: Path) -> dict[str, bytes]:

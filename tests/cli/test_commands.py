@@ -237,3 +237,8 @@ def test_sparkline() -> None:
     assert sparkline([3, 2, 1], "abc") == "cba"
     assert sparkline([1, 1], "abc") == "aa"
     assert sparkline([4, 2, 2, 0], "abc", width=2) == "ca"
+
+
+def test_the_package_can_be_run_as_a_module() -> None:
+    said = subprocess.run([sys.executable, "-m", "trimtab", "--version"], capture_output=True, text=True, check=False)
+    assert said.returncode == 0 and said.stdout.startswith("trimtab "), said.stderr

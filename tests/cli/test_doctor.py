@@ -169,6 +169,17 @@ def test_a_healthy_adapter(healthy: Path, run: Callable) -> None:
     assert "healthy" in result.output
 
 
+def test_a_prompt_method_s_adapter(tmp_path: Path, model: Path, rows: Path, run: Callable) -> None:
+    """Its virtual tokens have logits of their own; and no plain model can be made of it, which is said beforehand."""
+    out = tmp_path / "a b"
+    steps = ["--max_steps", "1", "--dtype", "float32", "--adapter", "prompt_tuning", "--num_virtual_tokens", "3"]
+    said = run("train", rows, "--model", model, "--output_dir", out, *steps)
+    assert said.exit_code == 0, said.output + str(said.exception)
+    assert "it is used beside the model, and cannot be merged" in said.output and "trimtab merge" not in said.output
+    assert f"trimtab chat '{out}'" in said.output
+    assert next(f for f in examine(out).findings if f.check == "change").state == "well"
+
+
 def test_the_command_names_cause_and_fix_and_exits_1(folder: Path, run: Callable) -> None:
     never_trained(folder)
     result = run("doctor", folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from trimtab import PeftModel, get_peft_model
 from trimtab.core.adapter import Adapter, ModelAdapter
 from trimtab.core.config import PeftConfig, config_for, default_like, load, methods
 from trimtab.core.layer import AdapterLayer
-from trimtab.errors import ConfigError, NotMergeable, NotSupported
+from trimtab.errors import ConfigError, NotMergeable, NotSupported, TrimtabWarning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +230,8 @@ def _sort() -> tuple[list[Case], list[Case]]:
     return builds, refused
 
 
-BUILDS, REFUSED = _sort()
+with warnings.catch_warnings():  # what cannot be merged is told
+    warnings.simplefilter("ignore", TrimtabWarning)
+    BUILDS, REFUSED = _sort()
 PLAIN = [c for c in BUILDS if not c.options]
 assert not default_like(PLAIN)

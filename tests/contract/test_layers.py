@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from trimtab.core.base import Base, bases, port
 from trimtab.core.config import load
 from trimtab.core.group import groups
 from trimtab.errors import NotMergeable, NotSupported, TrimtabWarning
+from trimtab.mergeable import mixing
 
 each = pytest.mark.parametrize("case", BUILDS, ids=lambda c: c.id)
 plain = pytest.mark.parametrize("case", PLAIN, ids=lambda c: c.id)
@@ -302,6 +304,24 @@ def test_float32_adapters_on_a_bfloat16_base_answer_in_bfloat16(case: Case) -> N
     assert model(x).dtype == low
 
 
+@each
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_adapters_in_16_bits_and_under_autocast_answer_and_learn(case: Case, how: str) -> None:
+    low = torch.bfloat16
+    if how == "autocast":
+        model, x = case.model(), case.x()
+    elif case.kind.quantised:
+        pytest.skip("its layer is in float32")
+    else:
+        model, x = case.model().to(low), case.x(low)
+    with torch.autocast("cpu", low, enabled=how == "autocast"):
+        y = model(x)
+        model.train()(x).float().sum().backward()
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is None or g.isfinite().all() for g in found) and any(g is not None for g in found)
+    close(y.float(), case.model()(case.x()).float(), 8e-2)
+
+
 @plain
 def test_it_compiles_in_one_graph(case: Case) -> None:
     torch._dynamo.reset()
@@ -382,3 +402,20 @@ def test_disabled_is_the_base_bit_for_bit(case: Case) -> None:
     model.enable_adapter_layers()
     assert torch.equal(model(x), y)
     assert torch.equal(model.unload()(x), want)
+
+
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.kind.name == "conv2d-groups"], ids=lambda c: c.id)
+def test_groups_that_cannot_be_merged_are_told_when_the_adapter_is_put_on(case: Case) -> None:
+    """What a look at the fresh adapter says is what merging the trained one does; the look leaves nothing behind."""
+    torch.manual_seed(5)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = case.fresh()
+    told = ["mixes the groups of 1 convolutions (layer), which no weight of theirs holds" in str(w.message) for w in said]
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert mixing(groups(model.get_base_model())["default"]) == ["layer"] * any(told)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    randomise(model)
+    with pytest.raises(NotMergeable, match="mixes the groups") if any(told) else contextlib.nullcontext():
+        model.eval().merge_adapter()

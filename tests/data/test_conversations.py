@@ -106,6 +106,8 @@ def test_kto_text_and_flags(tmp_path: Path) -> None:
         ({"instruction": "a", "output": 5}, "output: must be a string, found int"),
         ({"instruction": "", "input": "", "output": "b"}, "instruction: instruction and input are both empty"),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0]: must be a pair of strings"),
+        ({"messages": "[" * 100_000}, "messages: nested too deeply"),
+        ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "messages: half of a surrogate pair"),
         ({"question": "a", "answer": "b"}, "no known format in the columns question, answer. Fix: rename 'question"),
         ({"messages": []}, "messages: must be a list of messages, found an empty list"),
         ({"messages": "{"}, "messages: not JSON"),
@@ -142,6 +144,14 @@ def test_every_problem_of_every_row_at_once(tmp_path: Path) -> None:
         parse(tmp_path, *rows[:4])
     assert [(p.line, p.field) for p in error.value.problems] == [(2, "output"), (4, "output")]
     assert "rows.jsonl:2: output: missing; found instruction. Fix: add 'output'" in str(error.value)
+
+
+@pytest.mark.parametrize(("good", "bad"), [("1", "0"), ("TRUE", "FALSE"), ("True", "false"), ("1.0", "0.0")])
+def test_verdicts_in_csv_cells(tmp_path: Path, good: str, bad: str) -> None:
+    """As prompt/completion rows, the answers that are to be avoided would be learnt."""
+    file = tmp_path / "rows.csv"
+    file.write_text(f"prompt,completion,label\na,b,{good}\na,c,{bad}\n")
+    assert [c.label for c in conversations(read([file]))] == [True, False]
 
 
 def test_csv_cells_that_hold_json(tmp_path: Path) -> None:

@@ -123,12 +123,20 @@ def test_a_broken_array(tmp_path: Path) -> None:
         ('{"text": NaN}', "NaN is not JSON"),
         ('{"text": "a", "text": "b"}', "the key 'text' stands twice"),
         ('["a"]', "a row must be an object, found list"),
+        ('{"text": ' + "9" * 5000 + "}", "a number of thousands of digits"),
+        ('{"text": "a\\ud800b"}', "half of a surrogate pair"),
         ('"a"', "a row must be an object, found str"),
     ],
 )
 def test_json_that_cannot_be_trusted(tmp_path: Path, line: str, cause: str) -> None:
     file = write(tmp_path / "rows.jsonl", {"text": "a"}, line)
     assert f"{file}:2: {cause}" in refusal(file)
+    file.write_text(f'[{{"text": "a"}},\n{line}]', encoding="utf-8")
+    assert f"{file}:2: {cause}" in refusal(file)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    assert read([write(tmp_path / "rows.jsonl", '{"text": "\\ud83d\\ude00"}')])[0].fields["text"] == "\U0001f600"
 
 
 def test_files_that_are_not_text(tmp_path: Path) -> None:

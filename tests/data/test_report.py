@@ -50,6 +50,15 @@ def test_figures_and_page(tmp_path: Path) -> None:
     assert "\x1b" not in text and max(map(len, text.split("\n"))) <= 80
 
 
+def test_rows_that_teach_no_end_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", *rows(("a", "1"), ("b", "2" * 60)))
+    page = io.StringIO()
+    check(["rows.jsonl"], Renderer(tiny.tokenizer()), max_length=60, overlong="truncate_end",
+          console=Console(file=page, width=200))
+    line = "1 of 2 train rows do not end with a learnt <|im_end|> (rows.jsonl:2); a run refuses more than 1 %"
+    assert line in page.getvalue().split("\n")
+
+
 def test_colours_where_there_are_some(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", *rows(("a [bold]", "1")))
     page = io.StringIO()

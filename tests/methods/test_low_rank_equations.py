@@ -3,6 +3,8 @@ have one."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from test_equations import IN, OUT, adapter, holds
 from torch import Tensor, nn
 
-from trimtab import get_peft_model
+from trimtab import PeftModel, get_peft_model
 from trimtab.core.config import config_for
 from trimtab.core.group import Group
 from trimtab.errors import ConfigError, NotMergeable, NotSupported, TrimtabWarning
@@ -365,6 +367,19 @@ def test_adalora_s_budget_by_hand() -> None:
         left.append(int(want.sum()))
     assert left == [3, 1, 1, 1, 1, 1, 1]
     assert a.kept.sum() == 1
+
+
+def test_adalora_s_file_forgets_the_ranks_that_an_earlier_file_left_out(tmp_path: Path) -> None:
+    """Between two allocations a rank that was taken learns again, and the file is to say what the adapter is now."""
+    cfg = config_for("adalora", target_modules=["0"], init_r=3, target_r=1, total_step=9, deltaT=4)
+    model, x = get_peft_model(nn.Sequential(nn.Linear(4, 4)), cfg).eval(), torch.randn(2, 4)
+    a: Any = model.get_base_model()[0].adapters["default"]  # type: ignore[index]
+    for place, E in {"first": [0.3, 0.0, 0.2], "second": [0.3, 0.1, 0.2]}.items():
+        a.kept.copy_(torch.tensor([True, False, True]))
+        a.lora_E.data[:, 0] = torch.tensor(E)
+        model.save_pretrained(tmp_path / place)
+        bare = copy.deepcopy(model).unload()
+        assert torch.allclose(PeftModel.from_pretrained(bare, tmp_path / place)(x), model(x), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,29 @@ def test_merging_a_tied_head_unties_the_config(tmp_path: Path) -> None:
     assert still.merge_and_unload().config.tie_word_embeddings is True
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_what_is_kept_while_merged_goes_along(dtype: torch.dtype) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    move(model)
+    model.merge_adapter("default")
+    model.to(dtype)
+    merged = logits(model)
+    model.unmerge_adapter()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert (logits(model) - merged).abs().max() < 1e-2
+
+
+def test_unload_while_merged_says_which_model_is_meant() -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match=r"default: merged, .* unmerge_adapter\(\) first; or merge_and_unload\(\)"):
+        model.unload()
+    with pytest.raises(ConfigError, match="finite"):
+        model.add_weighted_adapter(["default"], [float("nan")], "sum")
+    model.unmerge_adapter()
+    assert torch.equal(logits(model.unload()), logits(llama()))
+
+
 def test_merge_of_some_and_twice_and_what_is_not_active() -> None:
     model = three()
     model.set_adapter(["default", "rotation"])

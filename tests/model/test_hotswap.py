@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from small_llama import IDS, llama, logits, move
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from trimtab import (
     IA3Config,
@@ -19,10 +21,12 @@ from trimtab import (
     PeftModel,
     PeftModelForCausalLM,
     get_peft_model,
+    get_peft_model_state_dict,
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
     rescale_adapter_scale,
 )
+from trimtab.core.config import config_for
 from trimtab.errors import ConfigError, NoMatch, NotMergeable, TrimtabWarning
 
 
@@ -155,6 +159,7 @@ def test_preparing_too_late_or_for_too_little(tmp_path: Path) -> None:
     assert given.r == 8 and given.rank_pattern == {"q_proj": 8}
 
 
+@pytest.mark.filterwarnings("ignore:adapter 'default' mixes the groups")
 def test_groups_of_a_convolution_and_embeddings_keep_their_rows(tmp_path: Path) -> None:
     def made() -> nn.Module:
         torch.manual_seed(0)
@@ -192,7 +197,7 @@ CONFIGS: dict[str, Any] = {
 def test_a_rescaled_adapter_does_that_much_of_what_it_does(name: str) -> None:
     model: PeftModelForCausalLM = get_peft_model(llama(), CONFIGS[name]())  # type: ignore[assignment]
     move(model)
-    before, keys = logits(model.eval()), set(model.state_dict())
+    before, keys, published = logits(model.eval()), set(model.state_dict()), set(get_peft_model_state_dict(model))
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     w = layer.port.weight()
     d = layer.adapters["default"].weight(w) - w
@@ -205,6 +210,7 @@ def test_a_rescaled_adapter_does_that_much_of_what_it_does(name: str) -> None:
             model.merge_adapter()
             assert (logits(model) - half).abs().max() < 1e-5
             model.unmerge_adapter()
+        assert set(get_peft_model_state_dict(model)) == published
         state = model.get_layer_status()[0]
         assert state.active_adapters == ["default"] and state.enabled and state.available_adapters == ["default"]
     assert torch.equal(logits(model), before) and set(model.state_dict()) == keys
@@ -214,6 +220,92 @@ def test_a_rescaled_adapter_does_that_much_of_what_it_does(name: str) -> None:
     with pytest.raises(ZeroDivisionError), rescale_adapter_scale(model, 3.0):
         _ = 1 / 0
     assert torch.equal(logits(model), before)
+
+
+BLOCKS = {
+    "bottleneck": {"non_linearity": "tanh", "reduction_factor": 4},
+    "loreft": {"r": 2},
+    "adaption_prompt": {"adapter_len": 3, "adapter_layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_stands_around_a_block_is_rescaled_and_calls_it_once(name: str) -> None:
+    model: PeftModelForCausalLM = get_peft_model(llama(), config_for(name, **BLOCKS[name]))  # type: ignore[assignment]
+    move(model)
+    before = logits(model.eval())
+    with rescale_adapter_scale(model, 1.0):
+        assert (logits(model) - before).abs().max() < 1e-6
+        cached, whole = (
+            model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, use_cache=cache, eos_token_id=None)
+            for cache in (True, False)
+        )
+        assert torch.equal(cached, whole)
+    with rescale_adapter_scale(model, 0.0):
+        assert torch.equal(logits(model), logits(llama()))
+    with rescale_adapter_scale(model, 0.5):
+        assert all((logits(model) - other).abs().max() > 1e-4 for other in (before, logits(llama())))
+
+
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(vocab_size=37, hidden_size=16, intermediate_size=8, num_hidden_layers=1)
+    return MixtralForCausalLM(
+        MixtralConfig(num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, **sizes)
+    ).eval()
+
+
+def on_experts(seed: int, **fields: Any) -> PeftModel:
+    slabs = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]}
+    model = get_peft_model(mixtral(), LoraConfig(**slabs | {"r": 4, "lora_alpha": 8} | fields))  # type: ignore[arg-type]
+    move(model, seed)
+    return model.eval()
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        x = torch.sin(input_ids[..., None] * torch.arange(1, 17))
+        return SimpleNamespace(logits=self.inner(x, x, x)[0])
+
+
+@pytest.mark.parametrize("kind", ["experts", "attention"])
+def test_weights_inside_a_layer_are_rescaled_not_its_answer(kind: str) -> None:
+    model = on_experts(1) if kind == "experts" else get_peft_model(Attends(), LoraConfig(r=2, target_modules=["inner"])).eval()
+    move(model)
+    before = logits(model)
+    with rescale_adapter_scale(model, 2.0), rescale_adapter_scale(model, 0.25):
+        half = logits(model)
+        model.merge_adapter()
+        assert (logits(model) - half).abs().max() < 1e-5
+        model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+    for name, p in model.named_parameters():
+        p.data *= 0.5 if "lora_B" in name else 1
+    assert (logits(model) - half).abs().max() < 1e-5 and (half - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_experts_are_swapped_with_their_ranks_and_scales(prepared: bool, tmp_path: Path) -> None:
+    model = on_experts(1)
+    other = on_experts(2, r=2, lora_alpha=6, rank_pattern={"experts.down_proj": 3}, alpha_pattern={"gate_up_proj": 5})
+    other.save_pretrained(tmp_path / "other")
+    if prepared:
+        before = logits(model)
+        prepare_model_for_compiled_hotswap(model, target_rank=5)
+        assert (logits(model) - before).abs().max() < 1e-6
+    hotswap_adapter(model, tmp_path / "other", "default")
+    assert (logits(model) - logits(other)).abs().max() < 1e-6
+    model.save_pretrained(tmp_path / "swapped")
+    again = PeftModel.from_pretrained(mixtral(), tmp_path / "swapped")
+    assert (logits(again) - logits(other)).abs().max() < 1e-6
+    on_experts(3, r=6).save_pretrained(tmp_path / "larger")
+    with pytest.raises(ConfigError, match="has room for rank"):
+        hotswap_adapter(model, tmp_path / "larger", "default")
 
 
 def test_what_cannot_be_rescaled() -> None:

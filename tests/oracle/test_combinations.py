@@ -148,3 +148,35 @@ def test_lora_on_a_convolution_travels_both_ways(tmp_path: Path) -> None:
     move(ours)
     ours.save_pretrained(tmp_path / "ours")
     close(peft.PeftModel.from_pretrained(made(), str(tmp_path / "ours"))(x), ours(x))
+
+
+@pytest.mark.parametrize("method", ["lora", "boft", "dora", "deft", "glora", "hira", "peanut"])
+def test_two_active_adapters_act_one_on_the_other_here_and_side_by_side_there(method: str, tmp_path: Path) -> None:
+    """Which is the same where a change does not depend on the weight, and with rotations, which compose in both."""
+    options = {"target_modules": ["q_proj"]}
+    ours = trimtab.get_peft_model(base("llama"), configs(method, "llama", **options)[0])
+    ours.add_adapter("b", configs(method, "llama", **options)[0])
+    for seed, name in enumerate(("default", "b")):
+        ours.set_adapter(name)
+        move(ours, 0.3 + 0.1 * seed)
+    ours.save_pretrained(tmp_path)
+    ours.set_adapter(["default", "b"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(base("llama"), str(tmp_path))
+        theirs.load_adapter(str(tmp_path / "b"), "b")
+    theirs.base_model.set_adapter(["default", "b"])
+    layer, other = (model.get_base_model().get_submodule(SITE) for model in (ours, theirs))
+    x = torch.randn(3, layer.port.shape[1], generator=torch.Generator().manual_seed(1))
+    w, b = layer.port.weight(), layer.port.bias()
+    first, second = (layer.adapters[name] for name in ("default", "b"))
+    close(layer(x), torch.nn.functional.linear(x, second.weight(first.weight(w)), b), 2e-5)
+    if method in ("lora", "boft"):
+        close(other(x), layer(x), 2e-5)
+    else:
+        side_by_side = first.weight(w) + second.weight(w) - w
+        if method == "dora":  # the second goes on from the first, but divides by the length that it gives the frozen weight
+            moved = second.lora.weight(w)
+            side_by_side = (first.weight(w) + moved - w) * (second.m / moved.norm(dim=1))[:, None]
+        close(other(x), torch.nn.functional.linear(x, side_by_side, b), 2e-5)
+        assert (side_by_side - second.weight(first.weight(w))).abs().max() > 1e-3

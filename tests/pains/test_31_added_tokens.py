@@ -34,6 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
 LACKING = {"rows": False, "whole, kept tied": False, "more rows": True}  # what does not go with untied, or with tied ends
 
 
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to rounding: the rows of a head are raised by x (t - t0), whatever t0 the longer base has there."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def longer(model: Any, size: int = 41) -> Any:
     torch.manual_seed(1)
     model.resize_token_embeddings(size, mean_resizing=False)
@@ -69,7 +74,7 @@ def test_one_call_on_the_pristine_base(case: str, tied: bool, tmp_path: Path) ->
     with pytest.warns(TrimtabWarning, match=GROWS):
         again = PeftModel.from_pretrained(base, tmp_path)
     assert torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(7)).item()  # no draw was taken
-    assert torch.equal(answer(again), want) and base.config.vocab_size == 41
+    assert near(answer(again), want) and base.config.vocab_size == 41
     with again.disable_adapter():
         assert torch.equal(logits(again)[..., :37], logits(llama(tie_word_embeddings=tied)))
     assert (base.lm_head.base_layer if hasattr(base.lm_head, "adapters") else base.lm_head).weight.shape == (41, 16)
@@ -96,7 +101,7 @@ def test_rows_that_the_file_lacks_are_an_error(options: dict[str, Any], lacks: s
     said = rf"made on 41 rows of embeddings, and this base has 37: .*rows 37 to 40 of '.*{lacks}'[^$]*"
     refused(llama(tie_word_embeddings=tied), tmp_path, rf"{said}model.resize_token_embeddings\(41\)")
     base = longer(llama(tie_word_embeddings=tied))  # with the rows as they were
-    assert torch.equal(answer(PeftModel.from_pretrained(base, tmp_path)), want)
+    assert near(answer(PeftModel.from_pretrained(base, tmp_path)), want)
 
 
 def test_a_longer_base_stays_and_one_in_use_is_not_changed(tmp_path: Path) -> None:
@@ -104,7 +109,7 @@ def test_a_longer_base_stays_and_one_in_use_is_not_changed(tmp_path: Path) -> No
     move(model)
     model.save_pretrained(tmp_path / "longer")
     padded = PeftModel.from_pretrained(longer(llama(tie_word_embeddings=True), 48), tmp_path / "longer")
-    assert padded.config.vocab_size == 48 and torch.equal(answer(padded)[..., :41], answer(model))
+    assert padded.config.vocab_size == 48 and near(answer(padded)[..., :41], answer(model))
     get_peft_model(llama(tie_word_embeddings=True), lora()).save_pretrained(tmp_path / "first")
     used = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "first", adapter_name="first")
     before = logits(used)
@@ -189,10 +194,10 @@ def test_chat_merge_and_auto_class(tmp_path: Path) -> None:
     with pytest.warns(TrimtabWarning, match="it is made longer"):
         talk = open_chat(out, max_new_tokens=2)
     with torch.no_grad():
-        assert torch.equal(talk.model(input_ids=prompt).logits, want)
+        assert near(talk.model(input_ids=prompt).logits, want)
     assert talk.renderer.tokenizer.convert_tokens_to_ids("<four>") == first + 3
     assert isinstance(talk.ask("<two> <four>", lambda piece: None), str)
     with pytest.warns(TrimtabWarning, match="it is made longer"):
         auto = AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
-        assert torch.equal(auto(input_ids=prompt).logits, want)
+        assert near(auto(input_ids=prompt).logits, want)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from little import far, llama, move
+from situations import ran, write_model, write_rows
 
 from trimtab import get_peft_model
 from trimtab.core.config import config_for
-from trimtab.errors import NotSupported
+from trimtab.errors import ConfigError, NotSupported
 from trimtab.model import checkpoint_activations
 
 METHODS = ["prefix_tuning", "prompt_tuning", "p_tuning"]
@@ -64,3 +66,21 @@ def test_checkpointing_changes_no_gradient_or_is_refused(method: str) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     assert found[0].abs().max() > 1e-4 and far(*found) < 1e-6
+
+
+def test_a_run_refuses_it_before_the_model_is_read(tmp_path: Path) -> None:
+    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    (model / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="drops the cache, and with it the prefix; turn it off"):
+        ran(model, rows, tmp_path / "out", adapter="prefix_tuning", gradient_checkpointing=True,
+            adapter_options={"num_virtual_tokens": 3})  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "lora"])
+def test_a_run_says_what_cannot_be_merged(tmp_path: Path, method: str) -> None:
+    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    options = {"num_virtual_tokens": 3} if method == "prompt_tuning" else {}
+    said = ran(model, rows, tmp_path / "out", adapter=method, max_steps=1, adapter_options=options)[1]
+    line = "PromptTuning is no change of a weight: it is used beside the model, and cannot be merged"
+    assert (line in said) == (method == "prompt_tuning") and ("cannot be merged" in said) == (method == "prompt_tuning")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from packed_runs import packed, stemmed
 from test_trainer import trained
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from trimtab.core.config import config_for
 from trimtab.errors import TrainingError, TrimtabWarning
@@ -93,3 +94,22 @@ def test_an_evaluation_is_the_same_in_every_batch_and_order(tmp_path: Path, batc
     found = packed(tmp_path, None, model, evaluated=rows[::order], per_device_eval_batch_size=batch, tokens=64).evaluate()
     assert found["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
     assert found["eval_supervised_tokens"] == alone["eval_supervised_tokens"] == sum(sum(e.supervised) for e in rows)
+
+
+@pytest.mark.parametrize(("verb", "said"), [("merge_adapter", "unmerge_adapter"), ("disable_adapter_layers", "enable_adapter")])
+def test_adapters_that_no_gradient_reaches_are_not_trained(tmp_path: Path, verb: str, said: str) -> None:
+    model = get_peft_model(tiny.llama(), config_for("lora", target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    getattr(model, verb)()
+    with pytest.raises(TrainingError, match=said):
+        trained(tmp_path, tiny.rows(4), model)
+
+
+def test_rows_without_labels_are_said(tmp_path: Path) -> None:
+    model = get_peft_model(tiny.llama(), config_for("lora", target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    ids = torch.ones(6, dtype=torch.long)
+    rows: Any = [{"input_ids": ids, "attention_mask": ids} for _ in range(4)]
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    trainer = Trainer(model, args, train_dataset=rows)
+    for work in (trainer.train, lambda: trainer.evaluate(rows)):
+        with pytest.raises(TrainingError, match=r"input_ids, attention_mask and no labels.*DataCollatorForLanguageModeling"):
+            work()

@@ -50,6 +50,23 @@ def test_pickled_weights_are_not_read(model_folder: Path, tmp_path: Path) -> Non
         load.model_folder(str(tmp_path))
 
 
+def test_a_model_folder_that_holds_an_adapter_is_no_base(model_folder: Path, tmp_path: Path) -> None:
+    """transformers would put it on the model unasked, where `peft` is installed."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "adapter_config.json").write_text("{}")
+    for use in (lambda: load.model_folder(str(folder)), lambda: load.load_model(folder, dtype=torch.float32)):
+        with pytest.raises(ConfigError, match="holds a model and an adapter"):
+            use()
+
+
+def test_a_config_that_is_no_object(model_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "config.json").write_text("[1]")
+    for use in (lambda: load.load_tokenizer(folder), lambda: load.skeleton(str(folder))):
+        with pytest.raises(ConfigError, match="config"):
+            use()
+
+
 def test_damaged_weights_are_an_error(model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)

@@ -18,7 +18,7 @@ from test_run import lines, options, ran
 
 from trimtab.core.group import groups
 from trimtab.errors import BadCheckpoint, ConfigError, TrainingError, TrimtabWarning
-from trimtab.train import checkpoint
+from trimtab.train import batches, checkpoint
 from trimtab.train.trainer import Trainer
 
 DROPOUT = {"lora_dropout": 0.2}
@@ -289,6 +289,6 @@ def test_verify_resume(model_folder: Path, rows: Path, tmp_path: Path, monkeypat
 def test_verify_resume_is_for_one_process(
     model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(batches, "ranks", lambda: 2)
     with pytest.raises(ConfigError, match="verify_resume starts processes of its own"):
         ran(options(model_folder, rows, tmp_path, verify_resume=True))

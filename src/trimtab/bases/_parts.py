@@ -107,10 +107,13 @@ def _split(key: str, t: Tensor, experts: int) -> Tensor:
 class Parts(Adapter):
     """The layer's own forward, with  W'_p = f_p(W_p)  for each of its weights p."""
 
+    multiplier = 1.0  # within `rescale_adapter_scale`: how much of W'_p - W_p is added
+
     def __init__(self, method: type[Adapter], cfg: Any, site: Site) -> None:
         super().__init__()
         self.of: list[Part] = [*site.base.parts.values()]  # type: ignore[list-item]
-        made = [_adapter(method, cfg, site, part) for part in self.of]
+        self.paths = [site.name + (f".{part.name}" if site.kind == "experts" else "") for part in self.of]  # for patterns
+        made = [_adapter(method, cfg, site, *at) for at in zip(self.paths, self.of, strict=True)]
         self.parts, self.additive = nn.ModuleList(made), all(m.additive for m in made)
         self.starts_at_base = all(getattr(m, "each", m).starts_at_base for m in made)
         own = [f"parts.{i}." + ("each." if isinstance(m, Slab) else "") for i, m in enumerate(made)]
@@ -128,12 +131,15 @@ class Parts(Adapter):
         found = under.adapter.tensors(under.base) if isinstance(under, Adapted) else {}  # type: ignore[union-attr]
         for part, adapter in zip(self.of, self.parts, strict=True):
             w = found.get(part.name, base.layer.get_parameter(part.name))
-            new: Any = part.shown(adapter.weight(part.shown(w)))  # type: ignore[operator]
+            new: Any = part.shown(self.share(part.shown(w), adapter.weight(part.shown(w))))  # type: ignore[operator]
             if part.bias_name and not isinstance(adapter, Slab):
                 b = found.get(part.bias_name, base.layer.get_parameter(part.bias_name))
-                found[part.bias_name] = adapter.bias(b, part.shown(w)).to(b.dtype)  # type: ignore[operator,union-attr]
+                found[part.bias_name] = self.share(b, adapter.bias(b, part.shown(w))).to(b.dtype)  # type: ignore[operator,union-attr]
             found[part.name] = new.to(part.dtype)
         return found
+
+    def share(self, before: Any, after: Any) -> Any:
+        return after if self.multiplier == 1 else before + self.multiplier * (after - before)
 
     def forward(self, x: Any, base: Base, *args: Any, **kwargs: Any) -> Any:
         return functional_call(base.layer, self.tensors(base), (x, *args), kwargs)
@@ -142,8 +148,7 @@ class Parts(Adapter):
         return _rebuilt(site.layer, self.tensors(site.base))
 
 
-def _adapter(method: type[Adapter], cfg: Any, site: Site, part: Part) -> Any:
-    name = site.name + (f".{part.name}" if site.kind == "experts" else "")
+def _adapter(method: type[Adapter], cfg: Any, site: Site, name: str, part: Part) -> Any:
     site = replace(site, name=name, base=part, adapter=f"{site.adapter}/{part.name}")
     if part.experts:
         return Slab(method, cfg, site, part)

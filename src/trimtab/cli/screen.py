@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -78,6 +79,12 @@ def reported() -> Iterator[list[int]]:
     except OSError as problem:
         place = f": {problem.filename}" if problem.filename else ""
         error(f"{problem.strerror or problem}{place}")
+        codes.append(FAILED)
+    except Exception as problem:
+        system = re.search(r"([^:\n]+) \(os error \d+\)", str(problem))  # of libraries in Rust: a full disk, say
+        if system is None:
+            raise
+        error(f"{system[1].strip()}, while a file was written or read")
         codes.append(FAILED)
     except KeyboardInterrupt:
         say("stopped", style="yellow", stderr=True)

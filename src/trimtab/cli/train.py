@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import typer
@@ -42,10 +43,12 @@ def train(ctx: typer.Context) -> None:
     settings = resolve(ctx.args)
     need(settings.options, "trimtab train", "dataset", "model")
     tell(settings, out)
+    from trimtab.core.group import groups
+    from trimtab.mergeable import never
     from trimtab.train.run import run
 
-    run(settings.options, console=out)
-    next_steps(settings.options, out)
+    result = run(settings.options, console=out)
+    next_steps(settings.options, out, merges=not any(map(never, groups(result.model.get_base_model()).values())))
 
 
 def wants_help(args: list[str]) -> bool:
@@ -91,13 +94,13 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def next_steps(options: TrainOptions, out: Console) -> None:
-    here = Path(options.output_dir)
-    commands = [
-        ("talk to it", f"trimtab chat {here}"),
-        ("make it a plain model", f"trimtab merge {here} --output_dir {here}-merged"),
-        ("go on training", f"trimtab train DATA --model {options.model} --init_adapter {here} --output_dir {here}-2"),
-    ]
+def next_steps(options: TrainOptions, out: Console, *, merges: bool = True) -> None:
+    path = Path(options.output_dir)
+    here, merged, again, model = (quote(str(name)) for name in (path, f"{path}-merged", f"{path}-2", options.model))
+    commands = [("talk to it", f"trimtab chat {here}")]
+    if merges:
+        commands.append(("make it a plain model", f"trimtab merge {here} --output_dir {merged}"))
+    commands.append(("go on training", f"trimtab train DATA --model {model} --init_adapter {here} --output_dir {again}"))
     out.print()
     for what, command in commands:
         out.print(Text.assemble((f"{what:>22}  ", "dim"), (command, "cyan")), soft_wrap=True)

@@ -62,19 +62,15 @@ class AdapterLayer(nn.Module):
 
     def restack(self) -> None:
         """Recompute the stack; called when what is active changes, not per call."""
-        if self.disabled:
-            self.stack_: Base = port(self.kept[0]) if self.kept else self.port
-        else:
-            self.stack_ = self.stack(tuple(n for n in self.active if n not in self.merged_adapters))
+        bare = port(self.kept[0]) if self.kept else self.port
+        self.stack_ = bare if self.disabled else self.stack(tuple(n for n in self.active if n not in self.merged_adapters))
 
     def add(self, name: str, adapter: Adapter, site: Site, *, full_precision: bool = True) -> None:
         """Put `adapter` on; it is born on the layer's device, in float32 unless the layer computes in float64."""
-        low = site.base.dtype in (torch.float16, torch.bfloat16) or site.base.dtype.itemsize == 1
-        dtype = torch.float32 if full_precision and low else site.base.dtype
+        dtype = masters.born(site.base.dtype, full_precision)
         own = site.kind == "module" and not adapter.on_modules  # a copy of the module
         adapter.train(self.training).to(device=site.base.device, dtype=None if own else dtype)
-        if own and full_precision:
-            masters.raised(adapter)
+        masters.raised(adapter, own and full_precision)
         self.adapters[name] = Both(adapter, self.adapters[name]) if name in self.adapters else adapter  # type: ignore[arg-type]
 
     def remove(self, name: str) -> None:
@@ -107,6 +103,10 @@ class AdapterLayer(nn.Module):
         self.merged_adapters += names
         self.base_layer, self.port = layer, port(layer)
         self.restack()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # `to`, `half`, `cuda`: what is kept goes along
+        self.kept = [layer._apply(fn) for layer in self.kept]  # pyright: ignore[reportUnknownMemberType]
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
 
     def unmerge(self) -> None:
         if self.kept:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.data.formats import FORMATS, near
+from trimtab.data.formats import FORMATS, near, verdict
 from trimtab.data.messages import Message, Place, clean_messages, clean_tools, loads
 from trimtab.data.problems import Problems
 from trimtab.data.read import Rows
@@ -200,7 +200,7 @@ def _kto(fields: dict[str, Any], place: Place) -> Conversation | None:
     else:
         conversation = _prompt_completion(fields, place)
     if conversation is not None:
-        conversation.label = fields["label"] in (True, "true", "True")
+        conversation.label = verdict(fields["label"])
     return conversation
 
 

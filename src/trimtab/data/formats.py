@@ -33,11 +33,16 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kto": (("label",), ("messages", "conversations", "prompt", "completion", "system", "tools")),
     "text": (("text",), ()),
 }
-_LABELS = {True, False, "true", "false", "True", "False"}  # 1 and 0 equal True and False
+_VERDICTS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _OTHER_NAMES = {
     "response": "output", "answer": "output", "target": "output", "reply": "output", "question": "instruction",
     "query": "instruction", "dialog": "messages", "dialogue": "messages", "chat": "messages", "content": "text",
 }
+
+
+def verdict(label: Any) -> bool | None:
+    """What a KTO row's label says of its answer, as JSON, CSV cells and spreadsheets write it; None where it is none."""
+    return _VERDICTS.get(str(label).strip().lower()) if isinstance(label, (bool, int, float, str)) else None
 
 
 def classify(fields: dict[str, Any]) -> str:
@@ -45,9 +50,8 @@ def classify(fields: dict[str, Any]) -> str:
     keys = {key for key, value in fields.items() if value is not None}
     if {"chosen", "rejected"} <= keys:
         return "preference"
-    label = fields.get("label")
     spoken = "messages" in keys or "conversations" in keys or {"prompt", "completion"} <= keys
-    if spoken and isinstance(label, (bool, int, str)) and label in _LABELS:
+    if spoken and verdict(fields.get("label")) is not None:
         return "kto"
     for format in ("messages", "conversations"):
         if format in keys:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.data.problems import Problems
+from trimtab.data.read import broken_text
 from trimtab.errors import nearest
 
 Message = dict[str, Any]
@@ -39,10 +40,15 @@ def loads(value: Any, place: Place, field: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
-    except ValueError as error:
-        place.say(field, f"not JSON: {error}", "write a list, or the same list as a JSON string", f"{field}: not JSON")
+        read = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {str(error)[:200]}"
+        place.say(field, why, "write a list, or the same list as a JSON string", f"{field}: not JSON")
         return None
+    if broken_text(read, value):
+        place.say(field, "half of a surrogate pair, which is no character", "write the whole character, or take it out")
+        return None
+    return read
 
 
 def clean_messages(value: Any, place: Place, field: str) -> list[Message]:

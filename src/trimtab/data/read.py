@@ -141,6 +141,17 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_refuse_twice, parse_constant=_refuse_constant)
 
 
+def broken_text(value: Any, raw: str) -> bool:
+    """Half of a surrogate pair somewhere in `value`, which was written as `raw`: no character, and no tokenizer takes it."""
+    if "\\ud" not in raw and "\\uD" not in raw:
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _json_lines(name: str, text: str, problems: Problems) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip(_SPACE)
@@ -155,10 +166,10 @@ def _json_lines(name: str, text: str, problems: Problems) -> Iterator[Row]:
                 return
             problems.add(name, number, "", f"not JSON: {error.msg} at column {error.colno}",
                          "each line must be one complete JSON object", "not JSON")
-        except (_Refused, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             _add_refused(name, number, error, problems)
         else:
-            if row := _object(name, number, value, problems):
+            if row := _object(name, number, value, line, problems):
                 yield row
 
 
@@ -180,17 +191,18 @@ def _json_array(name: str, text: str, problems: Problems) -> Iterator[Row]:
         if need_comma or not sign:
             what = "a comma is missing before this element" if sign else "the array is not closed: the file ends early"
             return problems.add(name, line, "", f"not JSON: {what}", "repair the file at this line", "not JSON")
+        begin = at
         try:
             value, at = _DECODER.raw_decode(text, at)
         except json.JSONDecodeError as error:
             where = line + text.count("\n", counted, error.pos)
             return problems.add(name, where, "", f"not JSON: {error.msg} at column {error.colno}",
                                 f"repair the element that opens on line {line}", "not JSON")
-        except (_Refused, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             return _add_refused(name, line, error, problems)
         need_comma = True
         # several elements on one line: the line alone would not tell which, so the number of the element joins the name
-        if row := _object(f"{name}[{element}]" if line == last_line else name, line, value, problems):
+        if row := _object(f"{name}[{element}]" if line == last_line else name, line, value, text[begin:at], problems):
             yield row
         element, last_line = element + 1, line
     if text[at + 1 :].strip(_SPACE):
@@ -198,11 +210,19 @@ def _json_array(name: str, text: str, problems: Problems) -> Iterator[Row]:
 
 
 def _add_refused(name: str, line: int, error: Exception, problems: Problems) -> None:
-    cause, fix = error.args if isinstance(error, _Refused) else ("nested too deeply", "flatten the row")
+    cause, fix = "a number of thousands of digits", "write it in quotes"
+    if isinstance(error, _Refused):
+        cause, fix = error.args
+    elif isinstance(error, RecursionError):
+        cause, fix = "nested too deeply", "flatten the row"
     problems.add(name, line, "", cause, fix, "JSON that cannot be trusted")
 
 
-def _object(name: str, line: int, value: Any, problems: Problems) -> Row | None:
+def _object(name: str, line: int, value: Any, raw: str, problems: Problems) -> Row | None:
+    if broken_text(value, raw):
+        problems.add(name, line, "", "half of a surrogate pair (\\ud800 to \\udfff), which is no character",
+                     "write the whole character, or take it out", "text that is no Unicode")
+        return None
     if isinstance(value, dict):
         return Row(name, line, value)
     problems.add(name, line, "", f"a row must be an object, found {type(value).__name__}",

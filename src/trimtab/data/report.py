@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.data.encode import Example
+from trimtab.data.ends import UNENDED_SHARE, told, unended
 from trimtab.data.ledger import Ledger
 from trimtab.data.prepare import prepare
 from trimtab.data.render import Renderer
@@ -56,6 +57,8 @@ def check(
     _say(out, *report.formats, *(f"note: {notice}" for notice in renderer.notices))
     _say(out, "", *report.ledger.lines())
     _say(out, "", f"supervised: {_mask_rule(options.get('train_on', 'assistant'), renderer)}")
+    if open_rows := unended(data.train, renderer):
+        _say(out, f"{told(open_rows, len(data.train), renderer)}; a run refuses more than {100 * UNENDED_SHARE:.0f} %")
     _print_histogram(out, report.lengths)
     _print_pairs(out, "exact duplicates among the training rows", report.duplicates)
     if data.val:

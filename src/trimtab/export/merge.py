@@ -114,7 +114,11 @@ def find_source(adapter: Path, model: str | None = None) -> Source:
     name: Any = model or config.base_model_name_or_path or record.get("model")
     if not name or not isinstance(name, str):
         raise ConfigError(f"{adapter} does not say what its base is: --model FOLDER")
-    base = load.model_folder(name)
+    try:
+        base = load.model_folder(name)
+    except ConfigError as problem:
+        where = "" if model else "\nThis is the base that the adapter names. If it lies elsewhere now: --model FOLDER"
+        raise ConfigError(f"{problem}{where}") from problem
     options: Any = record.get("options")
     four_bit = bool(options.get("load_in_4bit")) if isinstance(options, dict) else False
     four_bit = four_bit or bool((origin.read(adapter) or {}).get("load_in_4bit"))

@@ -61,10 +61,10 @@ def probes(adapter_dir: Path, renderer: Renderer) -> list[list[int]]:
 
 
 def logits(model: Any, ids: Sequence[list[int]]) -> list[Tensor]:
-    """The logits of each probe, float32 on the CPU, each read alone."""
+    """The logits of each probe's own tokens, float32 on the CPU, each read alone. Those of a prompt method's stand before."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        return [model(input_ids=torch.tensor([probe], device=device)).logits[0].float().cpu() for probe in ids]
+        return [model(input_ids=torch.tensor([probe], device=device)).logits[0, -len(probe) :].float().cpu() for probe in ids]
 
 
 def compare(adapter: Sequence[Tensor], merged: Sequence[Tensor]) -> Difference:

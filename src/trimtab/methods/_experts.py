@@ -30,6 +30,7 @@ class Experts:
                 more = f"{nearest(name, self.beside)} Here are: {', '.join(self.beside) or 'none'}. Load the experts first"
                 raise NoMatch(f"{self.method} needs the LoRA {name!r} at {self.path!r}, a layer without it.{more}")
             lora: Any = self.beside[name]
+            lora = getattr(lora, "inner", lora)  # within `rescale_adapter_scale`, where the mixture is scaled as a whole
             if type(lora) is not LoRA or lora.lora_B.bias is not None:
                 kind = "a LoRA with a bias" if isinstance(lora, LoRA) else type(lora).__name__
                 raise NotSupported(f"{self.method} mixes plain LoRAs; {name!r} at {self.path!r} is {kind}")

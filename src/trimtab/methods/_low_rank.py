@@ -38,8 +38,12 @@ def product(x: Tensor, base: Base, A: Tensor, B: Tensor) -> Tensor:
 
 def weight_of(site: Site) -> Tensor:
     """The weight that an adapter is made for, (out, in, *kernel), in float32 at least."""
-    w = site.base.weight().detach()
-    return w.to(torch.promote_types(w.dtype, torch.float32))
+    return precise(site.base.weight().detach())
+
+
+def precise(t: Tensor) -> Tensor:
+    """In float32 at least: torch solves, inverts, decomposes and transforms nothing in 16 bits."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def dropout(p: float, site: Site) -> nn.Module:

@@ -109,9 +109,10 @@ class AdaLoRA(Adapter):
     def pack(cls, group: Group, tensors: Tensors) -> Tensors:
         """Without what is taken: rows that are not kept and whose E is 0, so the file says what the adapter does."""
         parts = {path: (tensors[path, "lora_E"][:, 0] != 0) | a.kept for path, a in group.each(cls) if a.remembers}
-        if not all(kept.all() for kept in parts.values()):
-            group.config.rank_pattern = {f"{path}.lora_E": kept.tolist() for path, kept in parts.items()}  # type: ignore[attr-defined]
-            for path, kept in parts.items():
+        taken = {f"{path}.lora_E": kept.tolist() for path, kept in parts.items() if not all(k.all() for k in parts.values())}
+        if parts:  # what an earlier file held does not count: ranks may have come back since
+            group.config.rank_pattern = taken or None  # type: ignore[attr-defined]
+            for path, kept in parts.items() if taken else ():
                 for name in ("lora_A", "lora_E", "lora_B"):
                     tensors[path, name] = tensors[path, name][:, kept] if name == "lora_B" else tensors[path, name][kept]
         return tensors

@@ -13,6 +13,7 @@ from trimtab.core.base import Base
 from trimtab.core.config import Biases, Excludes, FanIn, Layers, Targets, in_range, method, option
 from trimtab.core.ops import along
 from trimtab.errors import ConfigError, NotSupported
+from trimtab.methods._low_rank import precise
 
 
 @dataclass(kw_only=True)
@@ -62,7 +63,7 @@ class BOFT(Adapter):
             nn.init.normal_(self.boft_s, mean=1, std=0.1, generator=site.generator("boft_s"))
 
     def blocks(self) -> Tensor:
-        S = (self.boft_R - self.boft_R.mT) / 2
+        S = precise(self.boft_R - self.boft_R.mT) / 2
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         D = torch.linalg.solve(eye + S, eye - S, left=False)
         if self.training and self.dropout:
@@ -72,7 +73,8 @@ class BOFT(Adapter):
 
     def rotate(self, x: Tensor, *, back: bool = False) -> Tensor:
         """x R, or `back`, x R^T, for the last dimension of x."""
-        D, x = self.blocks(), x.to(self.boft_R.dtype)
+        D = self.blocks()
+        x = x.to(D.dtype)
         for i in range(len(D)) if back else reversed(range(len(D))):
             order = self.order[i]
             x = x[..., order.argsort()] if i else x

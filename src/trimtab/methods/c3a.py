@@ -12,6 +12,7 @@ from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, Layers, Targets, in_range, method, one_of, option
 from trimtab.errors import NotSupported
+from trimtab.methods._low_rank import precise
 from trimtab.targets import TARGETS
 
 
@@ -66,7 +67,7 @@ class C3A(Adapter):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         if not self.point:
             return super().forward(x, base)
-        k = self.c3a_kernel
+        k = precise(self.c3a_kernel)
         blocks = torch.fft.rfft(x.to(k.dtype).unflatten(-1, k.shape[1:]))  # (..., in / B, B / 2 + 1)
         y = torch.einsum("...qf,pqf->...pf", blocks, torch.fft.rfft(k).conj())
         return base(x) + torch.fft.irfft(y, k.shape[-1]).flatten(-2) / self.inn

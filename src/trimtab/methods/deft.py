@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, Excludes, FanIn, Layers, Targets, in_range, method, one_of, option
-from trimtab.methods._low_rank import dropout, mix, weight_of
+from trimtab.methods._low_rank import dropout, mix, precise, weight_of
 
 
 @dataclass(kw_only=True)
@@ -61,7 +61,7 @@ class DEFT(Adapter):
         """Q and V, (out, r)."""
         if not self.qr:
             return self.deft_P, self.deft_P.relu()
-        Q = torch.linalg.qr(self.deft_P).Q
+        Q = torch.linalg.qr(precise(self.deft_P)).Q.to(self.deft_P.dtype)
         return Q, Q
 
     def weight(self, w: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trimtab.core.adapter import Adapter, Site
 from trimtab.core.config import Biases, Excludes, FanIn, Layers, Targets, in_range, method, option
 from trimtab.errors import NotSupported
+from trimtab.methods._low_rank import precise
 from trimtab.targets import TARGETS
 
 
@@ -64,6 +65,6 @@ class FourierFT(Adapter):
             nn.init.normal_(self.fourierft_spectrum, generator=site.generator("fourierft_spectrum"))
 
     def weight(self, w: Tensor) -> Tensor:
-        c = self.fourierft_spectrum
+        c = precise(self.fourierft_spectrum)
         F = c.new_zeros(math.prod(self.shape)).index_copy(0, self.places, c).view(self.shape)
         return w + self.scaling * torch.fft.ifft2(F).real.view_as(w)

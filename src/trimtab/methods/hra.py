@@ -13,6 +13,7 @@ from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, Excludes, Layers, Targets, in_range, method, option
 from trimtab.errors import TrimtabWarning
+from trimtab.methods._low_rank import precise
 
 
 @dataclass(kw_only=True)
@@ -50,12 +51,14 @@ class HRA(Adapter):
 
     def core(self) -> Tensor:
         """S^-1 (r, r)."""
-        G = self.hra_u.T @ self.hra_u
+        U = precise(self.hra_u)
+        G = U.T @ U
         return torch.linalg.inv(G / 2 if self.orthogonal else G.triu(1) + G.diagonal().diag() / 2)
 
     def reflect(self, x: Tensor, S: Tensor) -> Tensor:
         """x (I - U S U^T) for the last dimension of x."""
-        return x.to(S.dtype) - x.to(S.dtype) @ self.hra_u @ S @ self.hra_u.T
+        x, U = x.to(S.dtype), self.hra_u.to(S.dtype)
+        return x - x @ U @ S @ U.T
 
     def weight(self, w: Tensor) -> Tensor:
         S = self.core()

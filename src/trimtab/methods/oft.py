@@ -12,6 +12,7 @@ from trimtab.core.adapter import Adapter, Factor, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Biases, Excludes, FanIn, Layers, Targets, in_range, method, option
 from trimtab.errors import ConfigError
+from trimtab.methods._low_rank import precise
 
 
 @dataclass(kw_only=True)
@@ -81,7 +82,7 @@ class OFT(Adapter):
 
     def cayley(self, Q: Tensor) -> Tensor:
         eye = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
-        return torch.linalg.solve(eye + Q, eye - Q, left=False)
+        return torch.linalg.solve(precise(eye + Q), precise(eye - Q), left=False).to(Q.dtype)
 
     def series(self, Q: Tensor) -> Tensor:
         t, power = self.cfg.num_cayley_neumann_terms, Q

@@ -11,6 +11,7 @@ from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import Excludes, FanIn, Layers, Targets, in_range, method, one_of, option
 from trimtab.errors import NotSupported
+from trimtab.methods._low_rank import precise
 
 
 @dataclass(kw_only=True)
@@ -65,7 +66,7 @@ class Rotation(nn.Module):
         Q = v.new_zeros(cfg.r, cfg.r).index_put(tuple(torch.triu_indices(cfg.r, cfg.r, 1, device=v.device)), v)
         Q, eye = Q - Q.T, torch.eye(cfg.r, dtype=v.dtype, device=v.device)
         if not cfg.use_cayley_neumann:
-            return torch.linalg.solve(eye - Q, eye + Q, left=False)
+            return torch.linalg.solve(precise(eye - Q), precise(eye + Q), left=False).to(v.dtype)
         if cfg.cayley_neumann_eps is not None:
             Q = Q * (cfg.cayley_neumann_eps / Q.norm().clamp(min=cfg.cayley_neumann_eps))
         t, R, power = cfg.num_cayley_neumann_terms, eye, eye

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.adapter import Adapted, Adapter, Site
+from trimtab.core.adapter import Adapter, Site
 from trimtab.core.base import Base
 from trimtab.core.config import PeftConfig, method, option
 from trimtab.errors import ConfigError
@@ -27,7 +27,7 @@ class TrainableTokens(Adapter):
     """W'[token] = t + (W[token] - t0)  for the tokens of a list                                       no paper
 
     t (tokens, dim) is trained, starts at the frozen rows t0 of the base and is saved as it is, so that W'[token] = t on any
-    base, to the last bit; what other adapters add to W[token] stays added. The rows stand along the inputs of an embedding
+    base; what other adapters add to W[token] stays added. The rows stand along the inputs of an embedding
     and along the outputs of a linear layer. Layers whose weight is tied to the embedding's follow it.
     """
 
@@ -70,11 +70,8 @@ class TrainableTokens(Adapter):
         """What the base answers with the rows so raised, without a copy of all the others."""
         t, t0 = self.trainable_tokens_delta.to(x.device), self.original.to(x.device)
         if not along:
-            y, ids, x = base(x).to(t.dtype), self.ids.to(x.device), x.to(t.dtype)
-            if isinstance(base, Adapted):
-                return y.index_add(-1, ids, x @ (t - t0).T)
-            b = base.bias()
-            return y.index_copy(-1, ids, x @ t.T if b is None else x @ t.T + b[ids])
+            own = x.to(t.dtype) @ (t - t0).T  # under autocast in another dtype than either
+            return base(x).to(own.dtype).index_add(-1, self.ids.to(x.device), own)
         if type(base.op.layer).forward is not nn.Embedding.forward:  # scaled, as Gemma's
             return base.op(x, self.raised(base.weight(), along))
         slot = self.slots.to(x.device)[x]

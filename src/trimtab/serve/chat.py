@@ -111,11 +111,7 @@ def _plain(path: Path, settings: dict[str, Any]) -> Chat:
 def _tuned(path: Path, model: str | None, allow_pickle: bool, settings: dict[str, Any]) -> Chat:
     if not path.is_dir():
         raise BadCheckpoint(f"no adapter folder {str(path)!r} is here (looked in {Path.cwd()})")
-    try:
-        source = find_source(path, model)
-    except ConfigError as problem:
-        where = "" if model else "\nThis is the base that the adapter names. If it lies elsewhere now: --model FOLDER"
-        raise ConfigError(f"{problem}{where}") from problem
+    source = find_source(path, model)
     own = path if (path / "tokenizer_config.json").is_file() else source.base
     renderer = Renderer(load_tokenizer(own))
     base = load_model(source.base, dtype=source.dtype, device=pick("auto").device, load_in_4bit=source.load_in_4bit)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trimtab.core.group import adapted, groups
 from trimtab.errors import TrainingError, TrimtabWarning
 
 OFTEN, SELDOM = 10, 50  # tensors that have not changed are looked at in each of the first steps, then now and then
@@ -25,6 +26,25 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             "frozen unless it is asked for: PeftModel.from_pretrained(model, folder, is_trainable=True)"
         )
     return found
+
+
+def answering(model: nn.Module) -> None:
+    """Raise where adapters are merged or switched off: they are trainable, and no gradient reaches them."""
+    if merged := sorted({name for _, layer in adapted(model) for name in layer.merged_adapters}):
+        raise TrainingError(f"{', '.join(merged)}: merged, so no gradient reaches it. Fix: unmerge_adapter() before training")
+    if off := [name for name, group in groups(model).items() if group.disabled]:
+        raise TrainingError(f"{', '.join(off)}: switched off. Fix: enable_adapter_layers() before training")
+
+
+def labels_of(batch: Mapping[str, Any], rows: list[str]) -> Tensor:
+    """The labels of a batch. Rows without any have nothing to learn from."""
+    if batch.get("labels") is None:
+        where = f" ({rows[0]})" if rows else ""
+        raise TrainingError(
+            f"a batch holds {', '.join(batch)} and no labels{where}. Fix: rows with labels (-100 where there is no loss), or "
+            f"data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+        )
+    return batch["labels"]
 
 
 def some_labels(examples: Iterable[Any]) -> None:

@@ -15,8 +15,9 @@ from trimtab.data import Problems
 from trimtab.data.sources import find
 from trimtab.errors import ConfigError, TrimtabError, nearest
 from trimtab.files import try_folder
-from trimtab.model import get_peft_model
+from trimtab.model import checkpoint_activations, get_peft_model
 from trimtab.train import batches, checkpoint, load, low_rank
+from trimtab.train.folder import RESULTS
 from trimtab.train.options import TrainOptions
 
 AT_LEAST = {
@@ -37,6 +38,7 @@ AT_LEAST = {
     "loraplus_lr_embedding": 0,
     "riemannian_reg": 0,
     "stop_after_nonfinite": 1,
+    "stall_seconds": 0,
 }
 # those of transformers that need no settings of their own
 SCHEDULES = (
@@ -121,10 +123,41 @@ def _choices(o: TrainOptions) -> Iterator[str]:
     if o.optim not in optimizers and o.optim not in low_rank.OPTIONS:
         ours = f"{', '.join(low_rank.OPTIONS)}, or one of transformers' optimizers"
         yield f"optim {o.optim!r} is not {ours}.{nearest(o.optim, [*low_rank.OPTIONS, *optimizers])}"
+    elif o.optim not in low_rank.OPTIONS and (why := _no_optimizer(o.optim)):
+        yield f"optim {o.optim} is not to be had here: {why}"
+    yield from _loggers(o.report_to)
     for name, own in low_rank.OPTIONS.items():
         for option in own if o.optim != name else {}:
             if getattr(o, option) is not None:
                 yield f"{option} is an option of optim {name}, and optim is {o.optim}"
+
+
+def _no_optimizer(name: str) -> str:
+    """Why transformers cannot make that optimizer: a package that is missing, mostly."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    try:
+        args = object.__new__(TrainingArguments)  # its defaults alone: making one sets up devices and ranks
+        args.optim = name
+        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    except (ImportError, ValueError, RuntimeError) as error:
+        return str(error).strip().split("\n")[0]
+    return ""
+
+
+def _loggers(names: list[str]) -> Iterator[str]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name in ("all", "none") and len(names) > 1:
+            yield f"report_to {name!r} stands alone, or not at all"
+        elif name not in (*KNOWN, "all", "none"):
+            yield f"report_to {name!r} is not known.{nearest(name, KNOWN)} Known: {', '.join(KNOWN)}"
+        elif name in KNOWN and name not in there:
+            yield f"report_to {name}: it is not installed. Here: {', '.join(there) or 'none'}. metrics.jsonl is always written"
 
 
 def _evaluation(o: TrainOptions) -> Iterator[str]:
@@ -169,6 +202,8 @@ def _sites(o: TrainOptions) -> None:
         return
     try:
         shape = load.skeleton(o.model, trust_remote_code=o.trust_remote_code)
+        if o.gradient_checkpointing:
+            checkpoint_activations(shape)  # which not every method goes with
     except Exception:  # code of the folder's own may want weights; loading them says what is wrong
         return
     with warnings.catch_warnings():
@@ -187,7 +222,16 @@ def adapter_options(o: TrainOptions) -> dict[str, Any]:
 
 
 def _output(o: TrainOptions) -> None:
-    try_folder(Path(o.output_dir).expanduser(), "output_dir")
+    out = Path(o.output_dir).expanduser()
+    if (out / "config.json").is_file():  # its tokenizer would be overwritten, and the adapter would count as a part of it
+        raise ConfigError(f"output_dir {o.output_dir!r} holds a model (config.json). Fix: choose another folder")
+    for source in map(Path, (*o.dataset, *o.val_dataset)):
+        inside = source.expanduser()
+        if inside.is_dir() and inside.resolve() == out.resolve():  # metrics.jsonl and others would be rows of the next run
+            raise ConfigError(f"output_dir {o.output_dir!r} is a folder of rows. Fix: choose another one, inside it or not")
+        if inside.name in RESULTS and inside.resolve().parent == out.resolve():
+            raise ConfigError(f"the rows {str(source)!r} have the name of a file that is written to output_dir: rename them")
+    try_folder(out, "output_dir")
 
 
 def _start(o: TrainOptions) -> None:

@@ -27,6 +27,7 @@ def model_folder(name: str) -> Path:
         raise ConfigError(f"model {name!r} is a file; a model is the folder that holds its config.json")
     if not (path / "config.json").is_file():
         raise ConfigError(_no_config(path))
+    _bare(path)
     weights = [*path.glob("*.safetensors")]
     pickles = [f.name for pattern in PICKLES for f in path.glob(pattern)]
     if not weights and pickles:
@@ -40,13 +41,22 @@ def model_folder(name: str) -> Path:
     return path
 
 
+def _bare(path: Path) -> None:
+    """transformers puts the adapter in a model's folder on the model unasked, where `peft` is installed: no base then."""
+    if (path / "adapter_config.json").is_file() and (path / "config.json").is_file():
+        raise ConfigError(
+            f"{str(path)!r} holds a model and an adapter (adapter_config.json): which of the two is meant is not plain. "
+            f"Fix: move adapter_config.json and the adapter's other files into a folder of their own"
+        )
+
+
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model or adapter folder. It always has a pad token: masks are by position, so eos will do."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two: JSON of another form
         raise ConfigError(f"no tokenizer could be read from {name}: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -66,6 +76,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     if Path(name).is_dir():
+        _bare(Path(name))
         for file in shards(Path(name)):
             header(file)  # a damaged file is named, and no index leads out of the folder
     more: dict[str, Any] = {"quantization_config": nf4(dtype)} if load_in_4bit else {}
@@ -94,7 +105,7 @@ def skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder / 'config.json'}: {_first_line(error)}") from error
 
 

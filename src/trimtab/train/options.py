@@ -26,6 +26,7 @@ class TrainOptions:
     overlong: Literal["drop", "truncate_prompt", "truncate_end", "error"] = option(
         "drop", "what happens to longer ones", group="Data"
     )
+    allow_unended: bool = option(False, "train though over 1 % of the rows teach no end of an answer", group="Data")
     train_on: Literal["assistant", "last", "all"] = option("assistant", "turns that carry loss", group="Data")
     chat_template: str | None = option(
         None, "chatml, chatglm or a .jinja file (default: the tokenizer's own)", group="Data"
@@ -80,6 +81,9 @@ class TrainOptions:
     )
     stop_after_nonfinite: int = option(
         3, "steps in a row whose loss or gradient is not finite that end the run; 1: the first", group="Run"
+    )
+    stall_seconds: float = option(
+        900.0, "stand still for so long: one line, and where all threads are into the folder; 0: never", group="Run"
     )
     load_best_model_at_end: bool = option(False, "keep the adapter with the lowest validation loss", group="Run")
     report_to: list[str] = option(list, "loggers of transformers: tensorboard, wandb, ...", group="Run")

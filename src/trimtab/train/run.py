@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.text import Text
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
+from trimtab import mergeable
 from trimtab.core.config import config_for, method_of
+from trimtab.core.group import groups
 from trimtab.data import Prepared, Renderer, prepare
+from trimtab.data.ends import check_ends
 from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
@@ -103,8 +106,11 @@ def _data(o: TrainOptions, tokenizer: Any, say: _Teller) -> tuple[Renderer, Prep
         say.line("", line)
     own = "the tokenizer's own template" if renderer.chat_template is None else o.chat_template or "a layout of ours"
     ends = f"answers end with {renderer.end_of_turn}" if renderer.end_of_turn else "the text ends with eos"
+    open_rows = check_ends(data.train, renderer, max_length=o.max_length, overlong=o.overlong, allowed=o.allow_unended)
     turns = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "every token"}[o.train_on]
     say.line("loss on", f"{turns}; {own}, {ends}")
+    if open_rows:
+        say.line("", open_rows)
     if renderer.chat_template is not None:
         tokenizer.chat_template = renderer.chat_template  # so that the adapter folder renders as training did
     talks.try_saving(renderer)
@@ -138,6 +144,8 @@ def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
     share = f"{100 * trained / every:.2f} %"
     name = method_of(model.peft_config["default"]).name
     say.line("adapter", f"{name}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}")
+    for why in filter(None, map(mergeable.never, groups(model.get_base_model()).values())):
+        say.line("merge", why)
 
 
 class Job:
@@ -210,6 +218,7 @@ class Job:
             optim=o.optim if o.optim in low_rank.OPTIONS else None,
             optim_options=asdict(o),
             stop_after_nonfinite=o.stop_after_nonfinite,
+            stall_seconds=o.stall_seconds,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.data import Conversation, Example, Renderer
+from trimtab.data.ends import unended
 from trimtab.errors import BadCheckpoint, DataError, TrimtabError, TrimtabWarning
 from trimtab.train.load import load_tokenizer
 
@@ -108,14 +109,11 @@ def try_saving(renderer: Renderer) -> None:
 def record(renderer: Renderer, examples: Sequence[Example]) -> dict[str, Any]:
     """What `run.json` says of the template: enough to tell later whether a tokenizer still reads as training did, and
     whether the token that ends an answer was learnt."""
-    stops = set(renderer.stop_token_ids)
-    tails = (zip(e.input_ids[-8:], e.supervised[-8:], strict=True) for e in examples)  # a newline may follow it
-    ending = sum(any(loss and token in stops for token, loss in tail) for tail in tails)
     return {
         "fingerprint": renderer.fingerprint,
         "end_of_turn": renderer.end_of_turn,
         "stop_token_ids": renderer.stop_token_ids,
         "examples": len(examples),
-        "examples_with_a_learnt_end": ending,
+        "examples_with_a_learnt_end": len(examples) - len(unended(examples, renderer)),
         "reads": reads(renderer),
     }

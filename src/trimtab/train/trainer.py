@@ -22,12 +22,14 @@ from trimtab.data import Example
 from trimtab.errors import TrainingError
 from trimtab.model import PeftModel
 from trimtab.train import checkpoint, layouts, low_rank, same, saving
-from trimtab.train.audits import StepAudit, some_labels, trainable
+from trimtab.train.audits import StepAudit, answering, labels_of, some_labels, trainable
 from trimtab.train.batches import EXAMPLES, ROWS, Collator, Together
 from trimtab.train.checkpoint import Counts
 from trimtab.train.finite import IN_A_ROW, Skipped, broken, some
 from trimtab.train.objectives.sft import predicts_next, row_losses, supervised, takes_positions
+from trimtab.train.options import TrainOptions
 from trimtab.train.packing import Packing, remembered
+from trimtab.train.stalls import Watch
 from trimtab.train.state import random_state, set_random_state
 
 
@@ -47,7 +49,7 @@ class Trainer(transformers.Trainer):
 
     def __init__(
         self, *args: Any, packing: Packing | None = None, stop_after_nonfinite: int = IN_A_ROW, optim: str | None = None,
-        optim_options: Any = None, **kwargs: Any,
+        optim_options: Any = None, stall_seconds: float = TrainOptions.stall_seconds, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         base: Any = self.base()
@@ -69,6 +71,8 @@ class Trainer(transformers.Trainer):
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep gradients where they cannot be read
             self.add_callback(StepAudit(lambda: self.skipped.now))
         self.add_callback(_Steps(self))
+        self.watch = Watch(Path(str(self.args.output_dir)), self.args.process_index, stall_seconds)
+        self.add_callback(self.watch)
         self.optim_said = {} if optim is None else {"optim": f"{optim} {low_rank.chosen(optim, optim_options)}"}
         if optim is not None:
             self.optimizer = low_rank.optimizer(optim, self.base(), self.args, optim_options)
@@ -88,13 +92,15 @@ class Trainer(transformers.Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         trainable(self.model)
+        answering(self.base())
         if self.decoder:
             some_labels(_items(self.train_dataset))
         self.counts, self._logged, self.skipped = Counts(), Counts(), Skipped(self._limit)
         self.taken = 0
         self._trained = same.adapters(self.live())  # as they start: methods write what they find out into their config
         self._mark, self._paused = time.perf_counter(), 0.0
-        result = super().train(*args, **kwargs)
+        with self.watch:
+            result = super().train(*args, **kwargs)
         self._clock()
         return result
 
@@ -179,10 +185,11 @@ class Trainer(transformers.Trainer):
         batch = {k: v for k, v in inputs.items() if k != ROWS}
         if not self.decoder or return_outputs:
             return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
-        rows = inputs.get(ROWS) or [f"row {i + 1} of the batch" for i in range(len(batch["labels"]))]
+        labels = labels_of(batch, inputs.get(ROWS, []))
+        rows = inputs.get(ROWS) or [f"row {i + 1} of the batch" for i in range(len(labels))]
         self.skipped.rows += rows
         if num_items_in_batch is None:
-            num_items_in_batch = supervised(batch["labels"]).sum()
+            num_items_in_batch = supervised(labels).sum()
         if num_items_in_batch == 0:
             raise TrainingError(f"{self._at()}: no supervised token in the rows {some(self.skipped.rows)}")
         losses = row_losses(model, batch, sparse=self._sparse)
@@ -259,7 +266,8 @@ class Trainer(transformers.Trainer):
         """Draws no random number that training would miss."""
         start, random = time.perf_counter(), random_state(self.args.device)
         try:
-            return super().evaluate(*args, **kwargs)
+            with self.watch.during("an evaluation"):
+                return super().evaluate(*args, **kwargs)
         finally:
             set_random_state(random, self.args.device)
             self._paused += time.perf_counter() - start
@@ -291,7 +299,8 @@ class Trainer(transformers.Trainer):
         """For each row of a batch: its summed loss, its supervised tokens, where it comes from."""
         if EXAMPLES not in inputs:
             batch = self._prepare_inputs({k: v for k, v in inputs.items() if k != ROWS})
-            return row_losses(model, batch, sparse=self._sparse), supervised(batch["labels"]), inputs.get(ROWS, [])
+            counts = supervised(labels_of(batch, inputs.get(ROWS, [])))
+            return row_losses(model, batch, sparse=self._sparse), counts, inputs.get(ROWS, [])
         assert self.packing is not None
         examples: list[Example] = inputs[EXAMPLES]
         packing, losses = self.packing, torch.zeros(len(examples), device=self.args.device)
@@ -318,7 +327,8 @@ class Trainer(transformers.Trainer):
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        saving.save(self, trial)
+        with self.watch.during("a save"):
+            saving.save(self, trial)
 
     def signature(self, *, steps: bool = True) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
