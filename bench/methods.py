@@ -40,6 +40,7 @@ OTHER_RATES = {
 OPTIONS: dict[str, Any] = {
     "adalora": lambda steps: {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3, "deltaT": 5, "lora_alpha": 16},
 }
+OWN_TARGETS = {"ln_tuning", "trainable_tokens"}  # on linear layers these would train whole weights
 BASE = "base"  # the model without an adapter
 TIMEOUT = 4 * 3600  # seconds
 
@@ -207,7 +208,7 @@ def adapter_options(given: dict[str, Any]) -> dict[str, Any]:
     method = given["method"]
     steps = int(math.ceil(given["rows"] / given["batch_size"]) * given["epochs"])
     own: dict[str, Any] = OPTIONS[method](steps) if method in OPTIONS else {}
-    if "target_modules" not in load(method).config.__dataclass_fields__:
+    if method in OWN_TARGETS or "target_modules" not in load(method).config.__dataclass_fields__:
         return own
     wide = own | {"target_modules": "all-linear"}
     try:
