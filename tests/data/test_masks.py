@@ -336,3 +336,9 @@ def test_our_own_layout_opens_as_the_tokenizer_opens_any_text() -> None:
     assert again.example(talk("yes", "no")).input_ids == example.input_ids
     raw = renderer.example(Conversation([], None, "r", 1, text="yes"))
     assert raw.input_ids[0] == tok.bos_token_id and raw.input_ids.count(tok.bos_token_id) == 1
+
+
+def test_a_template_that_is_none_is_one_fault_and_not_each_row_s() -> None:
+    broken = "{% for m in messages %}\n{{ m.content }\n{% endfor %}"
+    with pytest.raises(DataError, match=r"^the chat template, line 2: unexpected '}'\. Fix: correct it"):
+        Renderer(tiny.tokenizer(), chat_template=broken)

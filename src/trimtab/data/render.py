@@ -43,6 +43,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.notices: list[str] = []
         self.chat_template, self._own = self._choose(chat_template)
+        sandbox.check(self.chat_template or getattr(tokenizer, "chat_template", None))
         self._encoder = Encoder(tokenizer)
         self._open()
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]

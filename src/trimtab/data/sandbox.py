@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 from jinja2 import nodes, pass_context
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+
+from trimtab.errors import DataError
 
 SECONDS = 10.0  # for one conversation; real templates take milliseconds
 SIZE = 2**26  # characters or values that may stand in one result
@@ -194,6 +196,18 @@ def compiled(source: str) -> tuple[Bounded, Any]:
 
     environment = Bounded(chat_template_utils._compile_jinja_template("").environment)  # type: ignore[no-untyped-call]
     return environment, environment.from_string(source)
+
+
+def check(source: Any) -> None:
+    """Raise `DataError` for a template that is none: a fault of its own, and not of each row that it would render."""
+    try:
+        if isinstance(source, str):
+            compiled(source)
+    except TemplateSyntaxError as error:
+        raise DataError(f"the chat template, line {error.lineno}: {error.message}. Fix: correct it, or pass another "
+                        "chat_template (chatml, a .jinja file)") from error
+    except (SecurityError, RecursionError):
+        return  # rendering says so
 
 
 def render(tokenizer: Any, messages: Any, tools: Any, chat_template: str | None, opened: bool) -> str:
