@@ -15,7 +15,7 @@ SRC = Path(__file__).parents[1] / "src" / "trimtab"
 # each layer may import those before it; parts of one layer may not import each other
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"files", "headers", "typed", "call", "targets", "masters"},
+    {"files", "headers", "typed", "call", "targets", "masters", "undone"},
     {"core"},
     {"states"},
     {"bases", "inits"},

@@ -27,6 +27,7 @@ from trimtab.core.layer import AdapterLayer
 from trimtab.core.sites import ends_with, frozen, layers
 from trimtab.errors import ConfigError, NotMergeable, NotSupported
 from trimtab.methods.lora import LoRA, LoraConfig
+from trimtab.undone import undone
 
 TYPES = (
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
@@ -310,9 +311,6 @@ def add_weighted_adapter(model: nn.Module, name: str, adapters: Sequence[str], w
         raise ConfigError(f"an adapter is called {name!r} already; delete_adapter({name!r}) first, or choose another name")
     config, tensors, fit = combine(model, adapters, weights, recipe)
     group = groups.attach(model, config, name, strict=False)
-    try:
+    with undone(groups.delete, model, name):
         store.load(model, group, tensors)
-    except Exception:
-        groups.delete(model, name)
-        raise
     return fit

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from trimtab.core.config import PeftConfig, replaced
 from trimtab.core.group import Group
 from trimtab.errors import ConfigError, NoMatch
 from trimtab.status import count_parameters, get_layer_status, get_model_status
+from trimtab.undone import undone
 from trimtab.verbs import SPENT, Tuner, Verbs
 
 
@@ -214,14 +215,10 @@ class PeftModel(Verbs):
                 with bounded(model, tensors, str(path)):
                     self._attach(adapter_name, config, autocast_adapter_dtype, strict=False)
             group = groups.group(model, adapter_name)
-            try:
+            with undone(groups.delete, model, adapter_name) if fresh else nullcontext():
                 report = store.load(
                     model, group, tensors, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, source=str(path)
                 )
-            except Exception:
-                if fresh:
-                    groups.delete(model, adapter_name)
-                raise
             if fresh:
                 group.trainable(is_trainable)
         return report

@@ -10,21 +10,18 @@ from torch import Tensor, nn
 from trimtab.core import group as groups
 from trimtab.core.config import CONFIG_FILE, PeftConfig, replaced
 from trimtab.errors import ConfigError, NoMatch
+from trimtab.undone import undone
 
 
 def load_experts(model: Any, config: Any) -> None:
     """Put the adapters on that `config.adapters` names, unless one of that name is there already."""
     base = model.get_base_model()
     loaded: list[str] = []
-    try:
+    with undone(lambda: [groups.delete(base, name) for name in loaded]):
         for name, path in config.adapters.items():
             if name not in groups.groups(base):
                 model.load_adapter(path, name)
                 loaded.append(name)
-    except Exception:
-        for name in loaded:
-            groups.delete(base, name)
-        raise
     if config.hidden_size is None:
         text = base.config.get_text_config() if hasattr(base, "config") else None
         if (size := getattr(text, "hidden_size", None)) is None:

@@ -14,6 +14,7 @@ from torch import nn
 from trimtab.core.group import active, adapted, group, groups, restore, unhook
 from trimtab.core.sites import at, frozen
 from trimtab.errors import NoMatch, NotMergeable, TrimtabWarning
+from trimtab.undone import undone
 
 
 def to_merge(model: nn.Module, names: list[str] | str | None = None) -> tuple[str, ...]:
@@ -39,13 +40,9 @@ def to_merge(model: nn.Module, names: list[str] | str | None = None) -> tuple[st
 def merge(model: nn.Module, names: list[str] | str | None = None, *, safe: bool = False) -> None:
     """Write active adapters into the weights; `unmerge` gives the originals back exactly."""
     order = to_merge(model, names)
-    try:
-        with torch.no_grad():
-            for _, layer in adapted(model):
-                layer.merge(order, safe=safe)
-    except Exception:
-        unmerge(model)
-        raise
+    with undone(unmerge, model), torch.no_grad():
+        for _, layer in adapted(model):
+            layer.merge(order, safe=safe)
 
 
 def unmerge(model: nn.Module) -> None:

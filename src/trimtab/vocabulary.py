@@ -21,6 +21,7 @@ from trimtab.core.group import groups
 from trimtab.core.sites import ends_with, frozen, layers, matches
 from trimtab.errors import BadCheckpoint, TrimtabWarning
 from trimtab.store import FROZEN, PREFIX
+from trimtab.undone import undone
 
 ROWS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 ADDED = re.compile(r"lora_(embedding_)?[AB](\.weight)?")  # beside rows: added to whatever the base has there
@@ -58,12 +59,9 @@ def lengthened(
         yield
         return
     warnings.warn(f"{said}: it is made longer, model.resize_token_embeddings({there})", TrimtabWarning)
-    try:
+    with undone(_resize, model, here):
         _lengthen(model, config, tensors, there)
         yield
-    except Exception:
-        _resize(model, here)
-        raise
 
 
 class _Held:

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))  # the tiny model and its rows are made there
 
 import tiny_llama as tiny
+from full_memory import Full
 
 from trimtab.engine import memory
 from trimtab.engine.forward import Engine
@@ -24,19 +25,6 @@ from trimtab.train.packing import Packing
 from trimtab.train.trainer import Trainer
 
 LAYERS = 2
-
-
-class Full(Watch):
-    """Memory is full when attention layers look for these times, counted from 1."""
-
-    def __init__(self, *times: int) -> None:
-        super().__init__(limit=1)
-        self.times, self.looks = times, 0
-
-    def look(self) -> None:
-        self.looks += 1
-        if self.looks in self.times:
-            raise OverLimit(f"full at look {self.looks}")
 
 
 def trainer(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_llama import endless
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab import PeftModel, get_peft_model
 from trimtab.core.config import config_for
@@ -23,16 +23,7 @@ MASK = (IDS != 0).long()
 
 
 def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    made = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in made.parameters():
-            p.mul_(4 if p.dim() > 1 else 1)
-    return made
+    return endless(4)
 
 
 def alora(**more: Any) -> PeftModel:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_llama import endless as llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
 from trimtab.errors import ConfigError, NoMatch, NotMergeable, NotSupported
@@ -16,15 +16,6 @@ from trimtab.model import checkpoint_activations
 
 IDS = torch.randint(3, 37, (3, 5), generator=torch.Generator().manual_seed(4))
 TARGETS = ["q_proj", "down_proj"]
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 def folder(where: Path, seed: int, **more: Any) -> Path:

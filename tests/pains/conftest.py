@@ -1,8 +1,9 @@
-"""The tiny model and its rows are those of the tests of training."""
+"""The tiny models and rows are those of the tests of training and of the model surface."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+for folder in ("train", "model"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))

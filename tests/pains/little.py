@@ -6,34 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
-IDS = torch.tensor([[5, 9, 4, 7, 11], [3, 8, 6, 10, 12]])
-
-
-def llama(seed: int = 0, **over: Any) -> Any:
-    torch.manual_seed(seed)
-    given: dict[str, Any] = dict(
-        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**given | over)).eval()
-
-
-def move(model: nn.Module, seed: int = 3, size: float = 0.2) -> None:
-    """As training would: every trainable tensor away from its start."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(size * torch.randn(p.shape, generator=draw))
-
-
-def logits(model: Any, ids: Tensor = IDS) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids).logits
+from torch import Tensor
 
 
 def far(a: Tensor, b: Tensor) -> float:

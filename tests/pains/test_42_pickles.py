@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from little import finished, llama
+from little import finished
 from model_folder import write_model
+from small_llama import llama
 
 from trimtab import LoraConfig, PeftModel, get_peft_model
 from trimtab.errors import BadCheckpoint, ConfigError

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from little import IDS, far, llama, move
+from little import far
+from small_llama import IDS, llama, move
 from torch import nn
 
 from trimtab import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from little import llama
+from small_llama import llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from little import llama
+from small_llama import llama
 
 from trimtab import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 

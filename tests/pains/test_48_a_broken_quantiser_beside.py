@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from little import far, llama, logits, move
+from little import far
+from small_llama import llama, logits, move
 
 from trimtab import LoraConfig, PeftModel, get_peft_model
 

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from little import far, move
+from little import far
+from small_llama import move
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from little import far, llama, logits, move
+from little import far
+from small_llama import llama, logits, move
 
 from trimtab import LoraConfig, PeftModel, get_peft_model
 from trimtab.errors import ConfigError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from little import IDS, far, llama, logits, move
+from little import far
+from small_llama import IDS, llama, logits, move
 
 from trimtab import LoraConfig, get_peft_model
 from trimtab.errors import NoMatch

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tiny_llama as tiny
 import torch
-from little import llama
 from packed_runs import packed
+from small_llama import llama
 
 from trimtab import LoraConfig, get_peft_model, get_peft_model_state_dict
 

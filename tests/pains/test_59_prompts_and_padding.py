@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from little import far, llama, move
+from little import far
 from situations import ran, write_model, write_rows
+from small_llama import llama, move
 
 from trimtab import get_peft_model
 from trimtab.core.config import config_for

@@ -7,23 +7,10 @@ from pathlib import Path
 import pytest
 import tiny_llama as tiny
 import torch
+from full_memory import Full
 from packed_runs import packed
 
-from trimtab.engine.memory import OverLimit, Watch
 from trimtab.errors import TrainingError
-
-
-class Full(Watch):
-    """Memory is full when attention layers look for these times."""
-
-    def __init__(self, *times: int) -> None:
-        super().__init__(limit=1)
-        self.times, self.looks = times, 0
-
-    def look(self) -> None:
-        self.looks += 1
-        if self.looks in self.times:
-            raise OverLimit(f"full at look {self.looks}")
 
 
 def run(folder: Path, *times: int) -> tuple[list[float], torch.Tensor]:

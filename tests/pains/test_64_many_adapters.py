@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import torch
-from little import far, llama, logits, move
+from little import far
+from small_llama import llama, logits, move
 
 from trimtab import LoraConfig, PeftModel, get_peft_model
 

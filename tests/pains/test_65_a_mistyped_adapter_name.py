@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from little import IDS, llama, logits, move
+from small_llama import IDS, llama, logits, move
 
 from trimtab import LoraConfig, get_peft_model
 from trimtab.errors import NoMatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from little import llama
+from small_llama import llama
 
 from trimtab import LoraConfig, get_peft_model, get_peft_model_state_dict
 from trimtab.errors import NoMatch

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from little import far, llama, logits, move
+from little import far
+from small_llama import llama, logits, move
 from torch import nn
 
 from trimtab import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model

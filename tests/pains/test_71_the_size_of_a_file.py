@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from little import llama, logits, move
+from small_llama import llama, logits, move
 
 from trimtab import LoraConfig, PeftModel, get_peft_model
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from little import far, move
+from little import far
+from small_llama import move
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from little import far, finished, logits, said
+from little import far, finished, said
+from small_llama import logits
 
 from trimtab import PeftModel
 from trimtab.train.load import load_model

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from little import IDS, far, llama, logits, move
+from little import far
+from small_llama import IDS, llama, logits, move
 from torch._dynamo.testing import CompileCounter
 
 from trimtab import LoraConfig, PeftModel, get_peft_model, hotswap_adapter, prepare_model_for_compiled_hotswap

@@ -23,6 +23,7 @@ from trimtab.core.full import BiasTune, FullTune
 from trimtab.core.layer import AdapterLayer, Named
 from trimtab.core.sites import Site, at, find_saved, find_sites, frozen, layers, saved_modules
 from trimtab.errors import ConfigError, NoMatch, NotMergeable, nearest
+from trimtab.undone import undone
 
 
 class Group:
@@ -110,13 +111,10 @@ def attach(
         )
     if name in groups(model):
         raise ConfigError(f"an adapter is called {name!r} already; delete_adapter({name!r}) first, or choose another name")
-    try:
+    with undone(restore, model):
         for prepare in places(cfg, "prepare"):
             prepare(cfg, model)
         return _attach(model, cfg, name, full_precision, strict)
-    except Exception:
-        restore(model)
-        raise
 
 
 def restore(model: nn.Module, *, keep: bool = False) -> None:

@@ -23,7 +23,7 @@ class Weights:
 
             try:
                 found = Path(snapshot_download(asked, local_files_only=True))
-            except Exception:
+            except (OSError, ValueError):  # not in the cache, or no name that a hub knows
                 raise BadCheckpoint(f"no model folder {asked!r} is here; pass model_path") from None
         files = [found] if found.is_file() else sorted(found.glob("*.safetensors")) if asked else []
         if not files:

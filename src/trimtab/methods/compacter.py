@@ -96,5 +96,5 @@ class Compacter(Around):
 
     def change(self, z: Tensor) -> Tensor:
         down, up, z = self.adapter_down, self.adapter_up, z.to(self.adapter_down.W_left.dtype)
-        rules = [self.shared.phm_rule] * 2 if self.shared is not None else [p.rule.phm_rule for p in (down, up)]  # type: ignore
+        rules = [self.shared.phm_rule] * 2 if self.shared is not None else [p.rule.phm_rule for p in (down, up)]  # type: ignore[union-attr]
         return up(self.non_linear(down(z, rules[0])), rules[1])
