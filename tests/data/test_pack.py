@@ -19,8 +19,25 @@ def example(ids: list[int], supervised: list[bool] | None = None, line: int = 1)
     return Example(ids, [True] * len(ids) if supervised is None else supervised, "rows.jsonl", line)
 
 
+END = 1000  # predicted by the last token of a row, and so not in it
+
+
 def examples(*rows: list[int]) -> list[Example]:
-    return [example(ids, line=i + 1) for i, ids in enumerate(rows)]
+    return [example([*ids, END], line=i + 1) for i, ids in enumerate(rows)]
+
+
+def needed(e: Example) -> list[int]:
+    """Its tokens up to the last that predicts a supervised one."""
+    ids = list(e.input_ids)
+    for t in range(len(ids) - 1, 0, -1):
+        if e.supervised[t]:
+            return ids[:t]
+    return ids[:1]
+
+
+def saved(p: Pack, every: list[Example]) -> int:
+    """Tokens that are computed once less than they are needed."""
+    return sum(len(needed(every[i])) for i in p.members) - len(p.input_ids)
 
 
 def visible(p: Pack, i: int) -> list[int]:
@@ -43,9 +60,9 @@ def holds(p: Pack, every: list[Example]) -> None:
     mine = [every[i] for i in p.members]
     _row(p)
     whole = {tuple(p.input_ids[path].tolist()) for path in paths(p)}
-    assert {tuple(e.input_ids) for e in mine} <= whole
+    assert {tuple(needed(e)) for e in mine} <= whole
     assert p.tokens == sum(len(e.input_ids) for e in mine)
-    assert len(p.input_ids) <= p.tokens
+    assert saved(p, every) >= 0
     # one pair for each supervised token but the first, in order, owned by its example
     wanted = [(k, e.input_ids[: t + 1]) for k, e in enumerate(mine) for t in range(1, len(e.input_ids)) if e.supervised[t]]
     assert p.supervised == len(wanted) == p.weights.sum()
@@ -81,16 +98,29 @@ def _row(p: Pack) -> None:
 
 def test_one_example_is_one_segment() -> None:
     p = pack([example([5, 6, 7], [False, True, True])])
-    assert p.segments == (Segment(0, 3, -1, 0),)
+    assert p.segments == (Segment(0, 2, -1, 0),)
     assert p.kept.tolist() == [0, 1] and p.targets.tolist() == [6, 7] and p.owner.tolist() == [0, 0]
     holds(p, [example([5, 6, 7], [False, True, True])])
+
+
+def test_what_predicts_nothing_is_left_out() -> None:
+    """The end of a turn and the line break behind it, a question without its answer, a row of no loss but its first token."""
+    rows = [
+        example([*LONG, 1, 2, 3], [False] * SHARE + [True, True, False]),  # 2 is predicted, and predicts nothing
+        example([*LONG, 1, 2, 4, 5, 6], [False] * SHARE + [True, False, True, False, False]),
+        example([7, 8, 9], [True, False, False]),
+    ]
+    p = pack(rows)
+    assert p.input_ids.tolist() == [7, *LONG, 1, 2]  # all of the first is the beginning of the second
+    assert p.tokens == SHARE + 3 + SHARE + 5 + 3 and p.supervised == 4
+    holds(p, rows)
 
 
 def test_a_common_beginning_is_one_segment() -> None:
     rows = examples([*LONG, 1, 2], [*LONG, 3])
     p = pack(rows)
     assert p.segments == (Segment(0, SHARE, -1, 0), Segment(SHARE, 2, 0, SHARE), Segment(SHARE + 2, 1, 0, SHARE))
-    assert p.tokens - len(p.input_ids) == SHARE
+    assert saved(p, rows) == SHARE
     assert ends(p.segments)[[0, SHARE - 1, SHARE, SHARE + 2]].tolist() == [SHARE + 3, SHARE + 3, SHARE + 2, SHARE + 3]
     holds(p, rows)
 
@@ -102,7 +132,7 @@ def test_a_common_beginning_is_one_segment() -> None:
 def test_a_run_is_shared_where_it_saves_enough(length: int, sharers: int, shared: bool) -> None:
     rows = examples(*([*LONG[:length], k] for k in range(sharers)))
     p = pack(rows)
-    assert p.tokens - len(p.input_ids) == (length * (sharers - 1) if shared else 0)
+    assert saved(p, rows) == (length * (sharers - 1) if shared else 0)
     holds(p, rows)
 
 
@@ -123,7 +153,7 @@ def test_identical_examples_are_computed_once_and_count_each() -> None:
     rows = examples(*[[*LONG, 1]] * 3)
     p = pack(rows)
     assert len(p.segments) == 1 and len(p.input_ids) == SHARE + 1
-    assert p.weights.tolist() == [3] * SHARE and p.supervised == 3 * SHARE
+    assert p.weights.tolist() == [3] * (SHARE + 1) and p.supervised == 3 * (SHARE + 1)
     holds(p, rows)
     short = examples([1, 2, 3], [1, 2, 3])  # too short to pay
     assert len(pack(short).input_ids) == 6
@@ -133,7 +163,7 @@ def test_identical_examples_are_computed_once_and_count_each() -> None:
 def test_examples_that_are_prefixes_of_one_another() -> None:
     rows = examples([*LONG, 1, 2, 3], LONG, [*LONG, 1, *LONG], [*LONG, 1])
     p = pack(rows)
-    assert len(p.input_ids) < p.tokens
+    assert saved(p, rows) > 0
     holds(p, rows)
 
 
@@ -141,14 +171,14 @@ def test_a_shared_run_that_carries_loss_in_some_examples_only() -> None:
     n = SHARE + 1
     rows = [
         example([*LONG, 1], [True] * n),
-        example([*LONG, 2], [False] * n),
+        example([*LONG, 2], [False] * SHARE + [True]),
         example([*LONG, 3], [k % 2 == 0 for k in range(n)]),
     ]
     p = pack(rows)
     assert p.weights[: SHARE - 1].tolist() == [1 + (t % 2 == 0) for t in range(1, SHARE)]
-    assert [int((p.owner == k).sum()) for k in range(3)] == [SHARE, 0, SHARE // 2]
-    # the last shared token predicts 1 for one example and 3 for another: one place, two pairs
-    assert sorted(p.targets[p.kept[p.at] == SHARE - 1].tolist()) == [1, 3]
+    assert [int((p.owner == k).sum()) for k in range(3)] == [SHARE, 1, SHARE // 2]
+    # the last shared token predicts another one for each example: one place, three pairs
+    assert sorted(p.targets[p.kept[p.at] == SHARE - 1].tolist()) == [1, 2, 3]
     holds(p, rows)
 
 
@@ -163,7 +193,7 @@ def test_nothing_in_common() -> None:
     rows = examples([*LONG, 1], [*LONG, 2], [*LONG, 1])
     p = pack(rows, share=False)
     assert [s.parent for s in p.segments] == [-1] * 3
-    assert p.input_ids.tolist() == [i for e in rows for i in e.input_ids]
+    assert p.input_ids.tolist() == [i for e in rows for i in e.input_ids if i != END]
     holds(p, rows)
 
 
@@ -214,7 +244,7 @@ def test_small_gains_that_are_not_taken_are_not_counted_on() -> None:
     """Pairs that have just too little in common to share it: a budget that took it for saved would be far exceeded."""
     rows = examples(*([k // 2] * (SHARE - 1) + [k] * 9 for k in range(50, 90)))
     found = packs(rows, 200)
-    assert all(len(p.input_ids) == p.tokens == 200 for p in found) and len(found) == 8
+    assert all(len(p.input_ids) == 200 and saved(p, rows) == 0 for p in found) and len(found) == 8
 
 
 def test_a_step_of_nothing() -> None:

@@ -2,7 +2,8 @@
 
 Examples that begin with the same tokens form a tree. Its runs of tokens are `Segment`s; a row holds them depth first, so a
 token sees exactly those before it in the row whose subtree it lies in: `j <= i < end[j]`. A supervised token that several
-examples share is computed once and counts once for each of them.
+examples share is computed once and counts once for each of them. What follows the last token that predicts a supervised one
+is seen by nothing that counts, and left out.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Pack:
     pair: np.ndarray  # (S,) int64
     owner: np.ndarray  # (S,) int64
     members: tuple[int, ...]  # which of the step's examples these are, in the pack's order
-    tokens: int  # the sum of their lengths
+    tokens: int  # the sum of their lengths, with what was left out
 
     @property
     def weights(self) -> np.ndarray:
@@ -75,9 +76,9 @@ def ends(segments: Sequence[Segment]) -> np.ndarray:
 def packs(examples: Sequence[Example], budget: int, *, share: bool = True) -> list[Pack]:
     """All examples in as few packs of at most `budget` tokens as filling them in turn needs, of like size.
 
-    None is cut or left out. A pack is larger than the budget only where a single example is.
+    No example is left out. A pack is larger than the budget only where a single example is.
     """
-    rows = [np.asarray(e.input_ids) for e in examples]
+    rows = [_read(e) for e in examples]
     if share:
         order, common = _sorted(rows)
         size = lambda a, b: sum(last - first for _, first, last, _ in _tree(order[a:b], common[a:b], rows))  # noqa: E731
@@ -107,7 +108,7 @@ def pack(examples: Sequence[Example], members: Sequence[int] | None = None, *, s
     """These `members` of a step's examples (all of them) as one row. `share=False`: end to end, nothing in common."""
     members = range(len(examples)) if members is None else members
     examples = [examples[i] for i in members]
-    rows = [np.asarray(e.input_ids, dtype=np.int64) for e in examples]
+    rows = [_read(e) for e in examples]
     found: list[tuple[Segment, np.ndarray]] = []
     where: list[list[np.ndarray]] = [[] for _ in rows]  # the positions of each example's tokens in the row
     length = 0
@@ -118,20 +119,32 @@ def pack(examples: Sequence[Example], members: Sequence[int] | None = None, *, s
         length += last - first
     places = [np.concatenate(runs) for runs in where]
     ids = np.concatenate([run for _, run in found])
-    return Pack(ids, tuple(s for s, _ in found), *_pairs(examples, rows, places), tuple(members), sum(map(len, rows)))
+    tokens = sum(len(e.input_ids) for e in examples)
+    return Pack(ids, tuple(s for s, _ in found), *_pairs(examples, places), tuple(members), tokens)
+
+
+def _predicting(example: Example) -> np.ndarray:
+    """The positions that predict a supervised token, ascending. Nothing predicts the first token of an example."""
+    return np.flatnonzero(np.asarray(example.supervised, dtype=bool)[1:])
+
+
+def _read(example: Example) -> np.ndarray:
+    """The tokens that must go through the model: all up to the last that predicts a supervised one, the first in any case."""
+    last = [0, *_predicting(example)[-1:]][-1]
+    return np.asarray(example.input_ids[: last + 1], dtype=np.int64)
 
 
 def _pairs(
-    examples: Sequence[Example], rows: list[np.ndarray], places: list[np.ndarray]
+    examples: Sequence[Example], places: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Who predicts what, and for whom. Nothing predicts the first token of an example."""
-    wanted = [np.flatnonzero(np.asarray(e.supervised, dtype=bool)[1:]) for e in examples]
+    """Who predicts what, and for whom."""
+    wanted = [_predicting(e) for e in examples]
     source = np.concatenate([place[w] for place, w in zip(places, wanted, strict=True)])
-    target = np.concatenate([row[w + 1] for row, w in zip(rows, wanted, strict=True)])
+    target = np.concatenate([np.asarray(e.input_ids, dtype=np.int64)[w + 1] for e, w in zip(examples, wanted, strict=True)])
     width = int(target.max(initial=0)) + 1
     pairs, pair = np.unique(source * width + target, return_inverse=True)
     kept, at = np.unique(pairs // width, return_inverse=True)
-    return kept, at, pairs % width, pair, np.repeat(np.arange(len(rows)), [len(w) for w in wanted])
+    return kept, at, pairs % width, pair, np.repeat(np.arange(len(wanted)), [len(w) for w in wanted])
 
 
 Run = tuple[list[int], int, int, int]  # the examples that have it, its first and last position in them, its parent

@@ -139,7 +139,8 @@ class Engine:
             reason = str(error).strip().split("\n")[0]
             raise NotSupported(f"its forward does not take a layout ({type(error).__name__}: {reason})") from error
         for own, want in zip(laid.segments[1:], wanted, strict=True):  # what follows the common beginning
-            if not (error := _apart(z[own.start : own.start + own.length], want[-own.length :])) <= _rounding(z):
+            packed, apart = z[own.start :][: own.length], want[own.offset :][: own.length]
+            if not (error := _apart(packed, apart)) <= _rounding(z):
                 raise NotSupported(f"its logits differ by {error:.1%} of their spread when rows are packed")
         alone = sum(
             float(F.cross_entropy(want[:-1].float(), torch.tensor(t[1:], device=device), reduction="sum"))
