@@ -2,6 +2,7 @@
 
     python bench/losses.py                       float32, the first 10 steps of each work: no pair may differ by 1e-4
     python bench/losses.py --steps 300           bfloat16: the means of the last 20 steps may differ by 1 %
+    python bench/losses.py --steps 300 --dtype float32      the same where rounding does not drive two runs apart
 
 Exit code 1 where they differ.
 """
@@ -26,11 +27,11 @@ from works import Work
 EXACT, CLOSE, LAST = 1e-4, 0.01, 20
 
 
-def compare(ours: list[float], theirs: list[float], dtype: str) -> tuple[bool, str]:
-    """Whether two runs agree, and the words for it. float32: every pair; bfloat16: the mean of the last steps."""
+def compare(ours: list[float], theirs: list[float], *, each: bool) -> tuple[bool, str]:
+    """Whether two runs agree, and the words for it: in each pair, or in the mean of the last steps."""
     if len(ours) != len(theirs):
         return False, f"{len(ours)} steps against {len(theirs)}"
-    if dtype == "float32":
+    if each:
         largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         return largest < EXACT, f"largest difference {largest:.1e} (must be below {EXACT:g})"
     mine, other = statistics.mean(ours[-LAST:]), statistics.mean(theirs[-LAST:])
@@ -39,7 +40,7 @@ def compare(ours: list[float], theirs: list[float], dtype: str) -> tuple[bool, s
     return apart < CLOSE, said
 
 
-def both(bench: Bench, work: Work, adapter: Path | None, steps: int, dtype: str) -> dict[str, Any]:
+def both(bench: Bench, work: Work, adapter: Path | None, steps: int, dtype: str, *, each: bool) -> dict[str, Any]:
     """Run ours and the peer; the line for losses.jsonl."""
     batch = bench.a.batch_size or (work.check_batch if dtype == "float32" else 16)
     micro = math.gcd(batch, work.micro_batches[0])
@@ -51,11 +52,11 @@ def both(bench: Bench, work: Work, adapter: Path | None, steps: int, dtype: str)
     )
     logs = bench.output / "logs"
     ours, theirs = (contenders.measure(c, job, logs / f"losses-{work.name}-{dtype}-{c.name}") for c in runs)
-    agree, said = compare(ours["losses"], theirs["losses"], dtype)
+    agree, said = compare(ours["losses"], theirs["losses"], each=each)
     for name in ("tokens", "supervised_tokens"):
         if ours[name] != theirs[name]:
             agree, said = False, f"{said}; {ours[name]} {name} against {theirs[name]}"
-    about = {"work": work.name, "dtype": dtype, "steps": len(ours["losses"]), "batch_size": batch}
+    about = {"work": work.name, "dtype": dtype, "steps": len(ours["losses"]), "batch_size": batch, "each": each}
     return (
         about
         | {"code": machine.code()}
@@ -65,7 +66,7 @@ def both(bench: Bench, work: Work, adapter: Path | None, steps: int, dtype: str)
 
 def show(line: dict[str, Any]) -> None:
     pairs = list(zip(line["ours"], line["theirs"], strict=False))
-    first = 0 if line["dtype"] == "float32" else max(len(pairs) - LAST, 0)
+    first = 0 if line["each"] else max(len(pairs) - LAST, 0)
     for step, (mine, other) in enumerate(pairs[first:], first + 1):
         print(f"  step {step:3}  {mine:.6f}  {other:.6f}  {mine - other:+.1e}")
     print(f"  {'agree' if line['agree'] else 'DIFFER'}: {line['said']}")
@@ -73,10 +74,11 @@ def show(line: dict[str, Any]) -> None:
 
 def main() -> int:
     p = options(__doc__ or "")
-    p.add_argument("--first", type=int, default=10, help="steps in float32 (%(default)s)")
-    p.add_argument("--steps", type=int, help="instead: so many steps in bfloat16 (the works have rows for 60 to 600)")
+    p.add_argument("--first", type=int, default=10, help="steps, each compared (%(default)s)")
+    p.add_argument("--steps", type=int, help="instead: compare the last of so many (works have rows for 60 to 600)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, with --steps bfloat16")
     a = p.parse_args()
-    steps, dtype = (a.steps, "bfloat16") if a.steps else (a.first, "float32")
+    steps, dtype = (a.steps, a.dtype or "bfloat16") if a.steps else (a.first, a.dtype or "float32")
     good = True
     with tempfile.TemporaryDirectory() as temporary:
         try:
@@ -91,7 +93,7 @@ def main() -> int:
         for work in bench.works:
             print(f"{work.name}, {steps} steps in {dtype}: trimtab, peft_trainer, difference", flush=True)
             try:
-                line = both(bench, work, adapter, steps, dtype)
+                line = both(bench, work, adapter, steps, dtype, each=not a.steps)
             except RunFailed as error:
                 print(f"  failed: {error}; the logs are in {bench.output / 'logs'}")
                 good = False

@@ -142,14 +142,14 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "dtype", "agree"),
+    ("ours", "theirs", "each", "agree"),
     [
-        ([2.0, 1.0], [2.00009, 1.0], "float32", True),
-        ([2.0, 1.0], [2.00011, 1.0], "float32", False),
-        ([2.0, 1.0], [2.0], "float32", False),
-        ([9.0] + [1.0] * 20, [5.0] + [1.009] * 20, "bfloat16", True),
-        ([9.0] + [1.0] * 20, [9.0] + [1.011] * 20, "bfloat16", False),
+        ([2.0, 1.0], [2.00009, 1.0], True, True),
+        ([2.0, 1.0], [2.00011, 1.0], True, False),
+        ([2.0, 1.0], [2.0], True, False),
+        ([9.0] + [1.0] * 20, [5.0] + [1.009] * 20, False, True),
+        ([9.0] + [1.0] * 20, [9.0] + [1.011] * 20, False, False),
     ],
 )
-def test_when_losses_agree(ours: list[float], theirs: list[float], dtype: str, agree: bool) -> None:
-    assert compare(ours, theirs, dtype)[0] is agree
+def test_when_losses_agree(ours: list[float], theirs: list[float], each: bool, agree: bool) -> None:
+    assert compare(ours, theirs, each=each)[0] is agree

@@ -16,7 +16,7 @@ from trimtab.core.base import port
 from trimtab.core.layer import AdapterLayer
 
 CHUNK = 1 << 24  # logits made at a time: as many as a matrix product needs to be fast
-STRIP = 1 << 22  # and turned into gradients at a time: 16 MB in float32, which a cache may hold
+STRIP = 1 << 20  # and turned into gradients at a time: 4 MB in float32, which a cache may hold
 
 After = Callable[[Tensor], Tensor]  # what a model does to its logits: soft caps, scales
 

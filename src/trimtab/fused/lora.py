@@ -28,7 +28,7 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, z: Tensor | None, A: Tensor, B: Tensor, s: float, base: Base) -> Tensor:
         u = x if z is None else z
         ua = _rows(u) @ A.to(x.dtype).T  # (tokens, r)
-        y = base(_rows(x)).addmm_(ua, B.to(x.dtype).T, alpha=s)  # (tokens, out)
+        y = _plus(base(_rows(x)), ua, (s * B).to(x.dtype).T)  # (tokens, out)
         adapter = any(ctx.needs_input_grad[2:4])
         ctx.save_for_backward(*((u, ua) if adapter else (None, None)), A, B)
         ctx.s, ctx.base, ctx.shape, ctx.dropped = s, base, x.shape, z is not None
@@ -46,7 +46,7 @@ class Product(torch.autograd.Function):
         dx = dz = dA = dB = None
         if need_x:
             dx = dy @ ctx.base.weight().to(dy.dtype)
-            dx = (dx if ctx.dropped else dx.addmm_(g, sA)).view(ctx.shape)
+            dx = (dx if ctx.dropped else _plus(dx, g, sA)).view(ctx.shape)
         if need_z:
             dz = (g @ sA).view(ctx.shape)
         if need_A:
@@ -54,6 +54,11 @@ class Product(torch.autograd.Function):
         if need_B:
             dB = s * (ua.T @ dy).T.to(B.dtype)  # in this order the long product is read along its rows
         return dx, dz, dA, dB, None, None
+
+
+def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + a b, in the memory of y. Compiled code would copy y first; it gets a sum, to be taken where y is next read."""
+    return y + a @ b if torch.compiler.is_compiling() else y.addmm_(a, b)
 
 
 def _rows(x: Tensor) -> Tensor:
