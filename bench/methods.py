@@ -30,11 +30,13 @@ from works import BANKING, read, write
 
 BENCH = Path(__file__).resolve().parent
 RATES = (5e-4, 3e-3, 2e-2)
-# where these are known to be far off: what is trained is a table of tokens, or acts on the weights through a small factor
+# where these are known to be far off: what is trained is a table of tokens, or acts on the weights through a small factor,
+# or through a large one
 OTHER_RATES = {
     "prompt_tuning": (2e-2, 1e-1, 4e-1),
     "fourierft": (2e-2, 1e-1, 4e-1),
     "waveft": (2e-2, 1e-1, 4e-1),
+    "delora": (2e-5, 1e-4, 5e-4),
 }
 # fields that a method cannot do without, or whose defaults are made for another length of run
 OPTIONS: dict[str, Any] = {

@@ -54,7 +54,7 @@ def test_who_takes_part_and_with_how_many_rows() -> None:
     work = WORKS["short"]
     found = lineup(work, ["peft_trainer", "tutorial", "trl_sft", "trl_packing"], [None])
     assert [(c.name, c.rows) for c in found] == [
-        ("trimtab", 1280),
+        ("trimtab", 9984),
         ("peft_trainer, micro-batch 4", 96),
         ("peft_trainer, micro-batch 8", 96),
         ("peft_trainer, micro-batch 16", 96),
