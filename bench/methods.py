@@ -40,6 +40,7 @@ OTHER_RATES = {
 }
 # fields that a method cannot do without, or whose defaults are made for another length of run
 OPTIONS: dict[str, Any] = {
+    "c3a": lambda steps: {"block_size": 64},  # which must divide all widths
     "adalora": lambda steps: {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3, "deltaT": 5, "lora_alpha": 16},
 }
 OWN_TARGETS = {"ln_tuning", "trainable_tokens"}  # on linear layers these would train whole weights
