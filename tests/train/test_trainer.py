@@ -12,6 +12,7 @@ import torch
 from trimtab.core.config import config_for
 from trimtab.core.group import Group
 from trimtab.errors import TrainingError
+from trimtab.methods.lora import LoraConfig
 from trimtab.model import get_peft_model
 from trimtab.train.trainer import Trainer
 
@@ -223,6 +224,32 @@ def test_what_predicts_the_next_token() -> None:
     for model in (GPT2Model(GPT2Config(**small)), LlamaForSequenceClassification(tiny.llama().config), other):
         assert not predicts_next(model)
     assert not predicts_next(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("routers", [False, True])
+def test_a_loss_of_routers_is_trained_on_where_the_config_asks_for_it(
+    tmp_path: Path, routers: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the model's own forward adds it: balanced experts are asked for in the config, and packs know nothing of it."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, output_router_logits=routers,
+        router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    model = get_peft_model(MixtralForCausalLM(config), LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(input_ids=ids, labels=ids)
+    rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
+    arguments = tiny.arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=1)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    assert ("its loss is not the one that decoder models are trained with" in capsys.readouterr().out) == routers
+    trainer.train()
+    assert tiny.losses(trainer)[0] == pytest.approx(float(wanted.loss), abs=1e-5)
+    assert not routers or float(wanted.loss) - float(wanted.aux_loss) / 2 < float(wanted.loss) - 0.1
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

@@ -63,6 +63,8 @@ class Engine:
             raise NotSupported(f"adapter {prompts[0]!r} puts virtual tokens before each row")
         if len({p.device for p in self.model.parameters()}) > 1:
             raise NotSupported("its weights lie on several devices")
+        if adds_to_its_loss(self.model):
+            raise NotSupported("output_router_logits of its config adds a loss of its routers, by batch")
         if not getattr(self.model, "_can_set_attn_implementation", lambda: False)():
             raise NotSupported("its attention cannot be told to read a layout")
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
@@ -212,6 +214,13 @@ def _known_after(config: Any) -> Iterator[After]:
         yield lambda z: z * scale
     if (divisor := getattr(config, "logits_scaling", None)) not in (None, 1):
         yield lambda z: z / divisor
+
+
+def adds_to_its_loss(model: Any) -> bool:
+    """Whether the model's own loss has a term beside that of the next token: experts whose config asks to balance them."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(config, "output_router_logits", False))
 
 
 def _attention_layers(model: Any) -> int:

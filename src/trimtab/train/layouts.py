@@ -12,6 +12,7 @@ from trimtab.data import Example
 from trimtab.engine.forward import engine_for
 from trimtab.errors import DataError
 from trimtab.train.batches import Collator, Together, as_examples
+from trimtab.train.objectives.sft import predicts_next
 from trimtab.train.packing import Packing
 
 SHARDED = {
@@ -31,7 +32,7 @@ def settle(trainer: Any, packing: Packing | None, collator: Any, own: type) -> P
 
     Nothing happens to batches of a collator that makes tensors itself. own: the class whose steps know packs.
     """
-    ours = collator is None and trainer.decoder and _rows_are_plain(trainer)
+    ours = collator is None and (trainer.decoder or predicts_next(trainer.base())) and _rows_are_plain(trainer)
     if not (ours or isinstance(collator, Together)):
         return packing
     why = _why_not(trainer, own)

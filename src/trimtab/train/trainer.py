@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trimtab.core.group import Group, groups
 from trimtab.data import Example
+from trimtab.engine.forward import adds_to_its_loss
 from trimtab.errors import TrainingError
 from trimtab.model import PeftModel
 from trimtab.train import checkpoint, layouts, low_rank, same, saving
@@ -55,7 +56,7 @@ class Trainer(transformers.Trainer):
         base: Any = self.base()
         another = self.compute_loss_func is not None or self.label_smoother is not None
         own = any(g.adapter is not None and g.adapter.own_loss for g in groups(base).values())
-        self.decoder = not (another or own) and predicts_next(base)
+        self.decoder = not (another or own) and predicts_next(base) and not adds_to_its_loss(base)
         if own:  # a mean over tokens that no label of the batch tells
             self.model_accepts_loss_kwargs = False
         self._sparse = self.decoder and takes_positions(base.forward)
