@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"bases", "inits"},
     {"methods"},  # LoRA starts by an init
     {"fused", "store", "optim", "origin", "bounded", "mergeable"},
+    {"deltas"},
     {"blend", "mixed", "cartridges", "scalings", "vocabulary"},
     {"verbs"},
     {"status", "convert", "hotswap", "inject"},
@@ -40,7 +41,8 @@ APART = {"data": {"errors"}, "demo": {"errors"}}
 DATA_USERS = {"engine", "train", "evaluate", "export", "serve", "doctor", "cli", "ui"}
 # code that must run where transformers is absent, or must not know it
 NO_TRANSFORMERS = {
-    "errors", "files", "headers", "typed", "origin", "bounded", "core", "bases", "inits", "store", "blend", "mergeable",
+    "errors", "files", "headers", "typed", "origin", "bounded", "core", "bases", "inits", "store", "deltas", "blend",
+    "mergeable",
 }  # fmt: skip
 # imported inside functions of their own file only
 VENDORS = set("bitsandbytes hqq auto_gptq gptqmodel awq torchao gguf peft trl deepspeed wandb".split())

@@ -8,7 +8,7 @@ An adapter enters by its D_i alone, so its method does not matter, nor its rank,
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from trimtab import store
 from trimtab.core import group as groups
-from trimtab.core.adapter import Adapter, ModelAdapter, seeded
-from trimtab.core.base import port
+from trimtab.core.adapter import ModelAdapter, seeded
 from trimtab.core.config import PeftConfig, in_range, method_of, one_of
 from trimtab.core.full import FullTune
 from trimtab.core.group import Group
 from trimtab.core.layer import AdapterLayer
 from trimtab.core.sites import ends_with, frozen, layers
-from trimtab.errors import ConfigError, NotMergeable, NotSupported
-from trimtab.methods.lora import LoRA, LoraConfig
+from trimtab.deltas import Delta, Place, cut, places, published, wide
+from trimtab.errors import ConfigError, NotSupported
+from trimtab.methods.lora import LoraConfig
 from trimtab.undone import undone
 
 TYPES = (
@@ -106,85 +106,6 @@ class Fit:
     error: float = 0.0
 
 
-@dataclass
-class Delta:
-    """D (out, in * kernel) of one adapter on one layer, B and A where it is known as their product, the bias's part."""
-
-    D: Tensor
-    factors: tuple[Tensor, Tensor] | None
-    bias: Tensor | None
-    noise: float  # singular values below are rounding
-    parts: int  # groups of a convolution, each of which has a share of a product's rank
-
-    @classmethod
-    def of(cls, layer: nn.Module, adapter: Adapter, where: str) -> Delta:
-        base, training = port(frozen(layer)), adapter.training
-        if base.op.kind in ("norm", "module"):
-            raise NotSupported(f"{where}: a {base.op.kind} layer takes no low-rank product, so no LoRA can stand for it")
-        adapter.eval()  # where training draws numbers
-        try:
-            w, b = base.weight(), base.bias()
-            w = w.to(torch.promote_types(w.dtype, torch.float32))
-            start = torch.zeros_like(w) if adapter.additive else w
-            D, after = (adapter.weight(start) - start).flatten(1), adapter.bias(b, w)
-        except NotMergeable as error:
-            raise NotSupported(f"{where}: what it does is no change of a weight ({error})") from None
-        finally:
-            adapter.train(training)
-        bias = after if after is None or b is None else after.to(w.dtype) - b.to(w.dtype)
-        eps = torch.finfo(w.dtype).eps
-        noise = eps * (max(D.shape) * D.norm().item() + (0 if adapter.additive else w.norm().item()))
-        return cls(D, _factors(adapter, D), bias if bias is not None and bias.any() else None, noise, base.op.groups)
-
-    @property
-    def rank(self) -> int:
-        if self.factors is not None:
-            return self.factors[0].shape[1]
-        return self.parts * max(int((torch.linalg.svdvals(part) > self.noise).sum()) for part in self.D.chunk(self.parts))
-
-    def split(self) -> tuple[Tensor, Tensor]:
-        return self.factors or cut(self.D, max(1, self.rank))
-
-
-def _factors(adapter: Adapter, D: Tensor) -> tuple[Tensor, Tensor] | None:
-    """B (out, r) and A (r, in * kernel) of a plain LoRA, if they say all that the adapter does."""
-    plain: list[Any] = [m for m in adapter.modules() if type(m) is LoRA]
-    for lora in plain:
-        A, B = (t.to(D) for t in lora.factors())
-        A, B = A.flatten(1), lora.s * B.flatten(1)
-        fits = B.shape[0] == D.shape[0] and A.shape[1] == D.shape[1] and B.shape[1] == A.shape[0]
-        if fits and lora.op.groups == 1 and (B @ A - D).norm() <= 1e-6 * D.norm():
-            return B, A
-    return None
-
-
-def cut(
-    D: Tensor, rank: int | float, *, factors: tuple[Tensor, Tensor] | None = None, parts: int = 1, driver: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """B = U S and A = V of the nearest product of this rank. `factors`: B and A with B A = D, which make it cheaper;
-    `parts`: the groups of a convolution, each with its own share of the rank."""
-    if factors is not None and factors[0].shape[1] < min(D.shape) and parts == 1:
-        (Qb, Rb), (Qa, Ra) = (torch.linalg.qr(t) for t in (factors[0], factors[1].T))
-        U, S, V = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-        found = [(Qb @ U, S, V @ Qa.T)]
-    else:
-        found = [torch.linalg.svd(part, full_matrices=False, driver=driver) for part in D.chunk(parts)]
-    k = max(_energy(S, rank) for _, S, _ in found) if isinstance(rank, float) else -(-rank // parts)
-    pairs = [(_wide(U * S, 1, k), _wide(V, 0, k)) for U, S, V in found]
-    return torch.cat([B for B, _ in pairs]), torch.cat([A for _, A in pairs])
-
-
-def _energy(S: Tensor, share: float) -> int:
-    energy = S.double().square().cumsum(0)
-    return min(int((energy < share * energy[-1]).sum()) + 1, len(S))
-
-
-def _wide(t: Tensor, dim: int, size: int) -> Tensor:
-    """The first `size` columns or rows; zeros where there are not so many."""
-    lack = size - t.shape[dim]
-    return t.narrow(dim, 0, size) if lack <= 0 else torch.cat([t, t.new_zeros(*t.shape[:dim], lack, *t.shape[dim + 1 :])], dim)
-
-
 def _blend(deltas: Mapping[str, Delta], weights: Sequence[float], recipe: Recipe, path: str, parts: int) -> tuple[Tensor, ...]:
     """B (out, r / parts), A (r, in * kernel) and the D that they are to be."""
     least = min(next(iter(deltas.values())).D.shape)
@@ -220,28 +141,43 @@ def combine(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float], recipe: Recipe, *, progressbar: bool = False
 ) -> tuple[LoraConfig, dict[str, Tensor], Fit]:
     """The LoRA, as config and published tensors. Modules that were trained whole become W + sum_i w_i (W_i - W)."""
-    chosen, fit, missed, size = _chosen(model, adapters, weights), Fit(), 0.0, 0.0
-    tensors, biases, whole = dict[str, Tensor](), dict[str, Tensor](), list[str]()
+    chosen, fit, slabs = _chosen(model, adapters, weights), Fit(), False
+    missed, size = defaultdict[str, float](float), defaultdict[str, float](float)
+    tensors, biases, whole, parameters = dict[str, Tensor](), dict[str, Tensor](), list[str](), list[str]()
     for path, layer in _progress(list(groups.adapted(model)), progressbar):
         here = [(name, w) for g, w in chosen if (name := g.name) in layer.adapters]
         if any(isinstance(layer.adapters[name], FullTune) for name, _ in here):
             whole.append(path)
             tensors |= {f"{store.PREFIX}{path}.{k}": t for k, t in _whole(layer, here).items()}
-        elif here:
-            base = port(frozen(layer))
-            deltas = {name: Delta.of(layer, layer.adapters[name], f"{name!r} on {path!r}") for name, _ in here}  # type: ignore[arg-type]
-            B, A, D = _blend(deltas, [w for _, w in here], recipe, path, base.op.groups)
-            biases[path] = sum((w * b for name, w in here if (b := deltas[name].bias) is not None), D.new_zeros(len(D)))
-            a, b = ("embedding_A", "embedding_B") if base.op.kind == "embedding" else ("A.weight", "B.weight")
-            tensors[f"{store.PREFIX}{path}.lora_{a}"] = A.reshape(-1, *base.shape[1:]).contiguous()
-            tensors[f"{store.PREFIX}{path}.lora_{b}"] = B.reshape(*B.shape, *[1] * len(base.shape[2:])).contiguous()
-            lost, norm = (base.op.full(B) @ A - D).norm().item(), D.norm().item()
-            fit.ranks[path], fit.errors[path] = len(A), lost / norm if norm else 0.0
-            missed, size = missed + lost**2, size + norm**2
-    fit.error = (missed / size) ** 0.5 if size else 0.0
+            continue
+        made = list[tuple[Place, list[tuple[Tensor, Tensor]]]]()
+        for place in places(path, layer, [name for name, _ in here]) if here else []:
+            pairs, groups_ = list[tuple[Tensor, Tensor]](), place.base.op.groups
+            for e, deltas in enumerate(place.deltas):
+                at = path if place.key == f"{path}." and not place.slab else f"{place.key}{e}"
+                B, A, D = _blend(deltas, [w for name, w in here if name in deltas], recipe, at, groups_)
+                pairs.append((B, A))
+                fit.ranks[place.name] = max(len(A), fit.ranks.get(place.name, 0))
+                missed[place.name] += (place.base.op.full(B) @ A - D).norm().item() ** 2
+                size[place.name] += D.norm().item() ** 2
+                if not place.slab:
+                    bias = (w * b for name, w in here if name in deltas and (b := deltas[name].bias) is not None)
+                    biases[place.key] = sum(bias, D.new_zeros(len(D)))
+            made.append((place, pairs))
+            slabs |= place.slab
+            parameters += [place.name] if place.name != path else []
+        for place, pairs in made:  # one rank for what one pattern names
+            r = fit.ranks[place.name]
+            alike = [(wide(B, 1, r), wide(A, 0, r)) if len(A) < r else (B, A) for B, A in pairs]
+            tensors |= published(place, alike)
+    fit.errors = {name: (missed[name] / size[name]) ** 0.5 if size[name] else 0.0 for name in fit.ranks}
+    fit.error = (sum(missed.values()) / total) ** 0.5 if (total := sum(size.values())) else 0.0
     if biased := any(b.any() for b in biases.values()):
-        tensors |= {f"{store.PREFIX}{path}.lora_B.bias": b for path, b in biases.items()}
-    return _config(model, chosen[0][0].config, fit.ranks, whole, lora_bias=biased), tensors, fit
+        if slabs:
+            raise NotSupported("a LoRA with a bias is asked for by some layers, and experts in one slab take none")
+        tensors |= {f"{store.PREFIX}{key}lora_B.bias": b for key, b in biases.items()}
+    config = _config(model, chosen[0][0].config, fit.ranks, whole, parameters, lora_bias=biased)
+    return config, tensors, fit
 
 
 def _chosen(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> Chosen:
@@ -286,19 +222,23 @@ def spread(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return most, {path: v for path, v in values.items() if v != most}
 
 
-def _config(model: nn.Module, source: PeftConfig, ranks: dict[str, int], whole: list[str], *, lora_bias: bool) -> LoraConfig:
+def _config(
+    model: nn.Module, source: PeftConfig, ranks: dict[str, int], whole: list[str], parameters: list[str], *, lora_bias: bool
+) -> LoraConfig:
     """alpha is the rank everywhere, so the product is not scaled."""
     if not ranks:
         raise NotSupported("these adapters train modules whole and adapt no layer, so there is nothing that a LoRA could say")
     r, other = spread(ranks)
-    leaves = sorted({path.rpartition(".")[2] for path in ranks})
+    adapted = {path for path in ranks if path not in parameters}
+    leaves = sorted({path.rpartition(".")[2] for path in adapted})
     meant = {n for n, _ in layers(model) if any(ends_with(n, leaf) for leaf in leaves)}
     return LoraConfig(
         r=r,
         lora_alpha=r,
         rank_pattern=other,
         alpha_pattern=dict(other),
-        target_modules=leaves if meant == {*ranks} else [*ranks],
+        target_modules=leaves if meant == adapted else sorted(adapted),
+        target_parameters=parameters or None,
         modules_to_save=whole or None,
         lora_bias=lora_bias,
         **{k: getattr(source, k) for k in ("task_type", "auto_mapping", "base_model_name_or_path", "revision")},

@@ -73,14 +73,14 @@ class Slab(nn.Module):
                 for key, value in getattr(module, place).items():
                     if value is not None:
                         all_ = [getattr(m.get_submodule(path), key).detach() for m in made]
-                        new = _stacked(key if not path else f"{path}.{key}", all_)
+                        new = stacked(key if not path else f"{path}.{key}", all_)
                         getattr(module, place)[key] = nn.Parameter(new) if place == "_parameters" else new
 
     def weight(self, w: Tensor) -> Tensor:
         tensors = {**dict(self.each.named_parameters()), **dict(self.each.named_buffers())}
-        split = {f"adapter.{k}": _split(k, t, self.experts) for k, t in tensors.items()}
+        each = {f"adapter.{k}": split(k, t, self.experts) for k, t in tensors.items()}
         equation = _Equation(self.each)
-        return torch.vmap(lambda t, one: functional_call(equation, t, (one,)))(split, w)
+        return torch.vmap(lambda t, one: functional_call(equation, t, (one,)))(each, w)
 
 
 class _Equation(nn.Module):
@@ -92,13 +92,13 @@ class _Equation(nn.Module):
         return self.adapter.weight(w)
 
 
-def _stacked(key: str, tensors: list[Tensor]) -> Tensor:
+def stacked(key: str, tensors: list[Tensor]) -> Tensor:
     if key.endswith("lora_A.weight"):
         return torch.cat(tensors)
     return torch.stack(tensors, -1).flatten(1) if key.endswith("lora_B.weight") else torch.stack(tensors)
 
 
-def _split(key: str, t: Tensor, experts: int) -> Tensor:
+def split(key: str, t: Tensor, experts: int) -> Tensor:
     if key.endswith("lora_A.weight"):
         return t.unflatten(0, (experts, -1))
     return t.unflatten(1, (-1, experts)).permute(2, 0, 1) if key.endswith("lora_B.weight") else t

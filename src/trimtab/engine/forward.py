@@ -218,7 +218,7 @@ def _known_after(config: Any) -> Iterator[After]:
 
 def adds_to_its_loss(model: Any) -> bool:
     """Whether the model's own loss has a term beside that of the next token: experts whose config asks to balance them."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return bool(getattr(config, "output_router_logits", False))
 
