@@ -30,6 +30,7 @@ from trimtab.verbs import Verbs
 EXACT = 1e-4  # what is rounding in float32: the difference of logits as a share of their spread, at half the tokens or more
 ROUNDED = 0.2  # and in 16-bit floats, where single tokens may be off by several times that; a wrong mask gives more than 1
 EVEN = 8  # bfloat16 products of a CPU are up to a quarter slower where the number of rows is no multiple of this
+KINDS = 5  # bits of a length that may differ: a CPU makes and keeps code for each shape of a product, 2 ms and 0.1 MB each
 
 
 @dataclass
@@ -189,8 +190,9 @@ def _no_zeros(model: nn.Module) -> Iterator[None]:
 
 
 def _even(pack: Pack) -> Pack:
-    """The same pack, `EVEN` tokens long or a multiple: its last segment goes on with tokens that nothing looks at."""
-    fill = -len(pack.input_ids) % EVEN
+    """The same pack, of a length that others have too: its last segment goes on with tokens that nothing looks at."""
+    length = len(pack.input_ids)
+    fill = -length % max(EVEN, 1 << max(length.bit_length() - KINDS, 0))
     *others, last = pack.segments
     segments = (*others, replace(last, length=last.length + fill))
     return replace(pack, input_ids=np.pad(pack.input_ids, (0, fill)), segments=segments)

@@ -17,6 +17,7 @@ from trimtab.engine.memory import Watch
 
 PIECE, PIECES = 128, 8  # longer segments are attended piece by piece, so that little is computed that may not be seen
 SHORTEST = 32  # lengths are rounded up to powers of two from here on, so that segments of like length go together
+EVEN = 8  # and of those in a block the longest to a multiple of this: each new shape of a product costs a CPU 2 ms
 WIDE = 32  # keys are filled up to multiples of this: rows of odd length are several times slower on a CPU
 
 Runs = tuple[tuple[int, int], ...]
@@ -168,7 +169,7 @@ class Layout(_Once):
                 groups.setdefault((size, s.offset + at), []).append((path, *run))
                 path = _joined(path, run)
             paths.append(path)
-        sized = ((min(size, max(n for _, _, n in runs)), runs) for (size, _), runs in groups.items())
+        sized = ((min(size, -(-max(n for _, _, n in runs) // EVEN) * EVEN), runs) for (size, _), runs in groups.items())
         return [Block(runs, length, self.device) for length, runs in sized]
 
     def place(self, heads: Heads) -> Tensor:
