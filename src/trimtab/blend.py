@@ -152,10 +152,10 @@ def combine(
             continue
         made = list[tuple[Place, list[tuple[Tensor, Tensor]]]]()
         for place in places(path, layer, [name for name, _ in here]) if here else []:
-            pairs, groups_ = list[tuple[Tensor, Tensor]](), place.base.op.groups
+            pairs, split = list[tuple[Tensor, Tensor]](), place.base.op.groups
             for e, deltas in enumerate(place.deltas):
-                at = path if place.key == f"{path}." and not place.slab else f"{place.key}{e}"
-                B, A, D = _blend(deltas, [w for name, w in here if name in deltas], recipe, at, groups_)
+                at = f"{place.key}{e}"  # what is drawn there is drawn nowhere else
+                B, A, D = _blend(deltas, [w for name, w in here if name in deltas], recipe, at, split)
                 pairs.append((B, A))
                 fit.ranks[place.name] = max(len(A), fit.ranks.get(place.name, 0))
                 missed[place.name] += (place.base.op.full(B) @ A - D).norm().item() ** 2

@@ -126,7 +126,10 @@ class Place:
     name: str  # what patterns call it
     base: Base
     deltas: list[dict[str, Delta]]
-    slab: bool = False
+
+    @property
+    def slab(self) -> bool:
+        return isinstance(self.base, Part) and self.base.experts > 0
 
 
 def places(path: str, layer: AdapterLayer, names: Sequence[str]) -> list[Place]:
@@ -144,14 +147,13 @@ def places(path: str, layer: AdapterLayer, names: Sequence[str]) -> list[Place]:
     for part in base.parts.values():
         assert isinstance(part, Part)
         mine = {n: (a, one) for n, a in adapters.items() for p, one in zip(a.of, a.parts, strict=True) if p.name == part.name}
-        slab = any(isinstance(one, Slab) for _, one in mine.values())
         each = {
-            n: [d.times(a.multiplier) for d in (Delta.of_each(part, one) if slab else [Delta.of(part, one, where[n])])]
+            n: [d.times(a.multiplier) for d in (Delta.of_each(part, one) if part.experts else [Delta.of(part, one, where[n])])]
             for n, (a, one) in mine.items()
         }
         deltas = [dict(zip(each, some, strict=True)) for some in zip(*each.values(), strict=True)]
         name = f"{path}.{part.name}" if base.op.kind == "experts" else path
-        found.append(Place(f"{path}.{part.prefix}", name, part, deltas, slab))
+        found.append(Place(f"{path}.{part.prefix}", name, part, deltas))
     return found
 
 

@@ -10,8 +10,9 @@ import torch
 from small_models import EXACT, Found, alone, packed, padded, same
 
 from trimtab.data import Example
-from trimtab.data.pack import pack, packs
-from trimtab.engine.forward import Engine, engine_for
+from trimtab.data.pack import Segment, pack, packs
+from trimtab.engine.forward import Engine, _even, engine_for
+from trimtab.engine.layout import Layout
 
 TO_NORMS = [
     "llama", "qwen2", "qwen3", "mistral", "mistral window", "gemma2", "gemma3", "phi3", "olmo2", "mixtral", "cohere2",
@@ -175,3 +176,15 @@ def test_autocast(how: str, loss: str) -> None:
     for name, g in small.gradients(model).items():
         error = [(x - wanted[1][name]).norm() / wanted[1][name].norm() for x in (g, theirs[1][name])]
         assert error[0] < max(1.5 * error[1], 0.05), name
+
+
+# ---- shapes
+
+
+def test_lengths_of_rows_and_blocks_recur() -> None:
+    """A CPU makes code for each shape: a row has one of 16 lengths an octave, and is filled up by a sixteenth at most."""
+    found = [len(_even(pack([small.example(range(3, n + 4))])).input_ids) for n in range(1, 2049)]
+    assert len(set(found)) <= 16 * 8 and all(n % 8 == 0 for n in found)
+    assert all(have <= n + max(8, n / 16) and have >= n for n, have in enumerate(found, 1))
+    blocks = [b for n in range(1, 129) for b in Layout([Segment(0, n, -1, 0)]).blocks]
+    assert {b.length for b in blocks} == set(range(8, 129, 8))

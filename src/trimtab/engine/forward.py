@@ -22,15 +22,14 @@ from trimtab.data.pack import Pack, pack
 from trimtab.engine.attention import attending
 from trimtab.engine.compile import Compiled
 from trimtab.engine.head import After, Pairs, losses
-from trimtab.engine.layout import Layout
+from trimtab.engine.layout import EVEN, Layout
 from trimtab.engine.memory import Watch, out_of_memory
 from trimtab.errors import NotSupported
 from trimtab.verbs import Verbs
 
 EXACT = 1e-4  # what is rounding in float32: the difference of logits as a share of their spread, at half the tokens or more
 ROUNDED = 0.2  # and in 16-bit floats, where single tokens may be off by several times that; a wrong mask gives more than 1
-EVEN = 8  # bfloat16 products of a CPU are up to a quarter slower where the number of rows is no multiple of this
-KINDS = 5  # bits of a length that may differ: a CPU makes and keeps code for each shape of a product, 2 ms and 0.1 MB each
+KINDS = 5  # leading bits of a row's length, zeros behind them: a CPU makes and keeps code for each shape of a product, 2 ms and 0.1 MB each
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Engine:
         self.model = model.get_base_model() if isinstance(model, Verbs) else model
         self.after: After | None = None
         self.head = self._head()
-        self.layers = _attention_layers(self.model)
+        self.layers = int(getattr(_text(self.model.config), "num_hidden_layers", 0))
         self.watch: Watch | None = None
         self.compiled: Compiled | None = None  # used in training steps, where it is set
         self._layouts: list[Layout] = []  # of this step: compiled layers know them by number alone
@@ -209,7 +208,7 @@ def _rounding(x: Tensor) -> float:
 
 
 def _known_after(config: Any) -> Iterator[After]:
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = _text(config)
     if cap := getattr(config, "final_logit_softcapping", None):
         yield lambda z: torch.tanh(z / cap) * cap
     if (scale := getattr(config, "logit_scale", None)) not in (None, 1):
@@ -220,14 +219,12 @@ def _known_after(config: Any) -> Iterator[After]:
 
 def adds_to_its_loss(model: Any) -> bool:
     """Whether the model's own loss has a term beside that of the next token: experts whose config asks to balance them."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return bool(getattr(config, "output_router_logits", False))
+    return bool(getattr(_text(getattr(model, "config", None)), "output_router_logits", False))
 
 
-def _attention_layers(model: Any) -> int:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return int(getattr(config, "num_hidden_layers", 0))
+def _text(config: Any) -> Any:
+    """Of a model of several kinds of input, what concerns text."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @contextmanager

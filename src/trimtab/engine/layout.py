@@ -17,7 +17,8 @@ from trimtab.engine.memory import Watch
 
 PIECE, PIECES = 128, 8  # longer segments are attended piece by piece, so that little is computed that may not be seen
 SHORTEST = 32  # lengths are rounded up to powers of two from here on, so that segments of like length go together
-EVEN = 8  # and of those in a block the longest to a multiple of this: each new shape of a product costs a CPU 2 ms
+EVEN = 8  # lengths of rows and blocks are multiples of this: others are up to a quarter slower in bfloat16 on a CPU, and each
+# new shape of a product costs 2 ms
 WIDE = 32  # keys are filled up to multiples of this: rows of odd length are several times slower on a CPU
 
 Runs = tuple[tuple[int, int], ...]
