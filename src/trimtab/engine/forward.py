@@ -29,7 +29,7 @@ from trimtab.verbs import Verbs
 
 EXACT = 1e-4  # what is rounding in float32: the difference of logits as a share of their spread, at half the tokens or more
 ROUNDED = 0.2  # and in 16-bit floats, where single tokens may be off by several times that; a wrong mask gives more than 1
-KINDS = 5  # leading bits of a row's length, zeros behind them: a CPU makes and keeps code for each shape of a product, 2 ms and 0.1 MB each
+KINDS = 5  # leading bits of a row's length, zeros behind them: each shape of a product is 2 ms and 0.1 MB of code on a CPU
 
 
 @dataclass
