@@ -1,7 +1,9 @@
-"""LoRA over a frozen linear layer, dense or 4-bit, as one autograd function."""
+"""LoRA over a frozen linear layer, dense or 4-bit: two products beside the layer's own, the first one for all that read it."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,46 +16,61 @@ from trimtab.core.base import Base
 from trimtab.methods.lora import LoRA
 
 
-class Product(torch.autograd.Function):
-    """y = x W^T + b + s (z A^T) B^T, where z is x, or x after dropout
+class First(torch.autograd.Function):
+    """u_i = x A_i^T for all A_i that stand before one input: by themselves, or those of q, k and v together
 
-        g = dy B    dx = dy W    dz = s g A    dA = s g^T z    dB = s dy^T (z A^T)
+        g = [du_1 du_2 ...]    dx = g [A_1; A_2; ...]    [dA_1; dA_2; ...] = g^T x
 
-    x, z (..., in), W (out, in), A (r, in), B (out, r); where z is x, dx + dz are formed in one buffer. Every product runs in
-    the dtype of x; A, B and their gradients keep their own. The backward is left z and z A^T (..., r), nothing else: W is
-    asked of the base again, so that no dense copy of a 4-bit weight outlives its product.
+    x (..., in), A_i (r_i, in), u_i (tokens, r_i). Products run in the dtype of x; A_i and their gradients keep their own.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor | None, A: Tensor, B: Tensor, s: float, base: Base) -> Tensor:
-        u = x if z is None else z
-        ua = _rows(u) @ A.to(x.dtype).T  # (tokens, r)
-        y = _plus(base(_rows(x)), ua, (s * B).to(x.dtype).T)  # (tokens, out)
-        adapter = any(ctx.needs_input_grad[2:4])
-        ctx.save_for_backward(*((u, ua) if adapter else (None, None)), A, B)
-        ctx.s, ctx.base, ctx.shape, ctx.dropped = s, base, x.shape, z is not None
+    def forward(ctx: Any, x: Tensor, *A: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *A)
+        ctx.shape, ctx.ranks = x.shape, [len(a) for a in A]
+        return (_rows(x) @ _stacked(A, x.dtype).T).split(ctx.ranks, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *du: Tensor) -> tuple[Tensor | None, ...]:
+        x, *A = ctx.saved_tensors
+        g = torch.cat(du, 1) if len(du) > 1 else du[0]
+        dx = (g @ _stacked(A, g.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dA = (None,) * len(A) if x is None else (g.T @ _rows(x)).split(ctx.ranks)
+        return dx, *(None if d is None else d.to(a.dtype) for d, a in zip(dA, A, strict=True))
+
+
+def _stacked(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (torch.cat(tuple(A)) if len(A) > 1 else A[0]).to(dtype)
+
+
+class Product(torch.autograd.Function):
+    """y = x W^T + b + s u B^T
+
+        dx = dy W    du = s dy B    dB = s dy^T u
+
+    x (..., in), u (tokens, r), W (out, in), B (out, r). Products run in the dtype of x; B and its gradient keep their own. The
+    backward is left u alone: W is asked of the base again, so that no dense copy of a 4-bit weight outlives its product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, u: Tensor, B: Tensor, s: float, base: Base) -> Tensor:
+        y = _plus(base(_rows(x)), u, (s * B).to(x.dtype).T)  # (tokens, out)
+        ctx.save_for_backward(u if ctx.needs_input_grad[2] else None, B)
+        ctx.s, ctx.base, ctx.shape = s, base, x.shape
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], base.shape[0]))  # not tracked: callers may write into it
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_z, need_A, need_B, *_ = ctx.needs_input_grad
-        u, ua, A, B = ctx.saved_tensors
-        dy, s = _rows(grads[0]), ctx.s
-        if need_B and torch.is_grad_enabled():  # to be differentiated in turn, and so through z A^T
-            ua = _rows(u) @ A.to(u.dtype).T
-        g = dy @ B.to(dy.dtype)  # (tokens, r)
-        sA = (s * A).to(dy.dtype)
-        dx = dz = dA = dB = None
-        if need_x:
-            dx = dy @ ctx.base.weight().to(dy.dtype)
-            dx = (dx if ctx.dropped else _plus(dx, g, sA)).view(ctx.shape)
-        if need_z:
-            dz = (g @ sA).view(ctx.shape)
-        if need_A:
-            dA = s * (g.T @ _rows(u)).to(A.dtype)
-        if need_B:
-            dB = s * (ua.T @ dy).T.to(B.dtype)  # in this order the long product is read along its rows
-        return dx, dz, dA, dB, None, None
+        u, B = ctx.saved_tensors
+        dy = _rows(grads[0])
+        dx = du = dB = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ ctx.base.weight().to(dy.dtype)).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            du = dy @ (ctx.s * B).to(dy.dtype)
+        if u is not None:
+            dB = ctx.s * (u.T @ dy).T.to(B.dtype)  # in this order the long product is read along its rows
+        return dx, du, dB, None, None
 
 
 def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -88,6 +105,8 @@ def product(adapter: LoRA, base: Base, x: Tensor) -> Tensor | None:
     """None, so that the adapter answers itself: mixed dtypes, float16, autocast to another dtype, a bias on B, a scale in a
     tensor, a base that is trained, hooked or kept in a tensor of another kind, functorch; and decoding, a few tokens without
     gradient."""
+    if not torch.compiler.is_compiling():
+        _see(adapter, x)
     (A, B), layer = adapter.factors(), base.layer
     w: Any = layer.weight
     b, device = base.bias(), x.device.type
@@ -107,5 +126,47 @@ def product(adapter: LoRA, base: Base, x: Tensor) -> Tensor | None:
         or (not torch.is_grad_enabled() and x.numel() < _FEW * x.shape[-1])
     ):
         return None
-    z = adapter.drop(x) if adapter.training and adapter.drop.p else None  # type: ignore[union-attr,operator]
-    return Product.apply(x, z, A, B, adapter.s, base)  # type: ignore[return-value]
+    dropped = adapter.training and adapter.drop.p  # type: ignore[union-attr]
+    u = First.apply(adapter.drop(x), A)[0] if dropped else _first(adapter, A, x)  # type: ignore[operator,index]
+    return Product.apply(x, u, B, adapter.s, base)  # type: ignore[return-value]
+
+
+# ---- one first product for adapters that read the same input
+
+_NOTHING: tuple[Any, Any] = None, None
+_seen: tuple[Any, Any] = (lambda: None, lambda: None)  # the input of the last call, and who was the first to read it
+
+
+def _first(adapter: Any, A: Tensor, x: Tensor) -> Tensor:
+    """x A^T (tokens, r). Which adapters read one input, as q, k and v do, stands in no list but is seen: those that were
+    called with it after `adapter` in an earlier pass are answered along with it, and find their part when their turn comes."""
+    if not (torch.is_grad_enabled() and A.requires_grad):
+        return First.apply(x, A)[0]  # type: ignore[index]
+    (mine, u), adapter.found = getattr(adapter, "found", _NOTHING), _NOTHING
+    if mine is x:
+        return u
+    mates = [m for m in getattr(adapter, "mates", ()) if _joins(m, x)]
+    u, *others = First.apply(x, A, *(m.factors()[0] for m in mates))  # type: ignore[misc]
+    for mate, other in zip(mates, others, strict=True):
+        mate.found = x, other
+    return u
+
+
+def _joins(mate: Any, x: Tensor) -> bool:
+    """Whether this pass may answer it too; a weight may lie elsewhere, or in parts."""
+    A = mate.factors()[0]
+    return A.requires_grad and A.device == x.device and A.shape[1:] == x.shape[-1:] and not (mate.training and mate.drop.p)
+
+
+def _see(adapter: Any, x: Tensor) -> None:
+    """Take down who reads what the call before it read, too. A mate that left its part where it was does so no more."""
+    global _seen
+    if not hasattr(adapter, "mates"):
+        adapter.mates, adapter.found = (), _NOTHING
+    adapter.mates = tuple(m for m in adapter.mates if m.found is _NOTHING)
+    (before, first), now = _seen, (weakref.ref(x), weakref.ref(adapter))
+    leader = first() if before() is x else None
+    if leader is None or leader is adapter:
+        _seen = now
+    elif adapter not in leader.mates:
+        leader.mates += (adapter,)
