@@ -124,12 +124,31 @@ def test_grouped_and_the_operator_equal_the_definition(
     close([grouped(q, k, v, where, how), *grouped_backward(dy, q, k, v, where, how)], wanted, tolerance)
 
     def operator(*x: Tensor) -> Tensor:
-        y = packed_attention(*(t[None] for t in x), where.handle, how.scaling, how.softcap, how.window, how.sinks)
-        assert y.is_contiguous()
+        y, number = packed_attention(*(t[None] for t in x), where.handle, how.scaling, how.softcap, how.window, how.sinks)
+        assert y.is_contiguous() and list(where.kept) == [int(number)] * (where.room > 0 and not how.softcap)
         return y[0].transpose(0, 1)
 
     close(gradients(operator, q, k, v, dy), wanted, tolerance)
-    assert where.calls == 1
+    where.room = 1 << 30
+    close(gradients(operator, q, k, v, dy), wanted, tolerance)
+    assert where.calls == 2 and not where.kept
+
+
+def test_weights_are_kept_while_there_is_room_and_taken_once() -> None:
+    where = laid("shared")
+    q, k, v, dy, _ = tensors(where.length)
+    leaves = [x[None].requires_grad_() for x in (q, k, v)]
+    size = HEADS * 8 * sum(b.count * b.length * b.seen for b in where.blocks)
+    where.room = 2 * size + 1
+    calls = [packed_attention(*leaves, where.handle, 0.3, 0.0, 0, None) for _ in range(3)]
+    assert [bool(number) for _, number in calls] == [True, True, False] and where.room == 1
+    assert sum(p.nbytes for p in where.kept[int(calls[0][1])]) == size
+    wanted = gradients(lambda *x: plain(*x, where, Rule(0.3)), q, k, v, dy)[1:]
+    for left, (y, _) in zip((1, 0, 0), calls, strict=True):
+        for again in (True, False):  # a second backward of the same call finds none, and computes them
+            found = torch.autograd.grad(y, leaves, dy.transpose(0, 1)[None], retain_graph=again)
+            close([x[0] for x in found], wanted, 1e-12)
+        assert len(where.kept) == left
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -174,7 +193,7 @@ def test_torch_accepts_the_operators(sinks: bool) -> None:
     torch.library.opcheck(packed_attention, (q, k, v, *numbers))
     dy = dy.transpose(0, 1)[None].contiguous()
     found = attention.packed_attention_backward
-    torch.library.opcheck(found, (dy, *(x.detach() for x in (q, k, v)), *numbers))
+    torch.library.opcheck(found, (dy, torch.tensor(0), *(x.detach() for x in (q, k, v)), *numbers))
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -93,13 +93,16 @@ class _Part:
             masked = torch.cat([masked, sinks], 2)
         return scores, masked.softmax(2)
 
-    def forward(self) -> Tensor:
-        """(K n, g L, e)."""
-        return self.weights()[1][..., : self.block.seen] @ self.v
+    def forward(self, kept: list[Tensor] | None) -> Tensor:
+        """(K n, g L, e). The weights are put into `kept`, if that is given."""
+        p = self.weights()[1]
+        if kept is not None:
+            kept.append(p)
+        return p[..., : self.block.seen] @ self.v
 
-    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For dy (K n, g L, e): dq (K n, g L, d), and dk, dv (K n, S, .)."""
-        scores, p = self.weights()
+    def backward(self, dy: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """For dy (K n, g L, e) and the weights, if they were kept: dq (K n, g L, d), and dk, dv (K n, S, .)."""
+        scores, p = self.weights() if p is None else (p, p)  # scores are asked for under a soft cap alone: none are kept then
         dp = dy @ self.v.mT
         if self.rule.sinks is not None:
             dp = torch.cat([dp, dp.new_zeros(*dp.shape[:2], 1)], 2)
@@ -112,22 +115,24 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in parts])
 
 
-def grouped(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
-    """As `plain`, block by block."""
+def grouped(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, kept: list[Tensor] | None = None
+) -> Tensor:
+    """As `plain`, block by block. `kept`, if given, is filled with what `grouped_backward` takes, so as not to do it again."""
     heads, rows = Heads(len(q), len(k)), [_rows(x) for x in (q, k, v)]
-    out = _joined(_Part(b, rule, heads, *rows).forward() for b in layout.blocks)
+    out = _joined(_Part(b, rule, heads, *rows).forward(kept) for b in layout.blocks)
     return out.index_select(0, layout.place(heads)).view(layout.length, len(q), -1).transpose(0, 1)
 
 
 def grouped_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, kept: list[Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. The weights are computed again, so that no more than one block's are ever held."""
+    """Gradients of q, k and v. Weights that were not kept are computed again, and no more than one block's held at a time."""
     heads, rows, dy = Heads(len(q), len(k)), [_rows(x) for x in (q, k, v)], _rows(dy)
     found = []
-    for block in layout.blocks:
+    for block, p in zip(layout.blocks, kept or [None] * len(layout.blocks), strict=True):
         part = _Part(block, rule, heads, *rows)
-        found.append(part.backward(part.queries(dy) * block.real(heads, dy.dtype)))
+        found.append(part.backward(part.queries(dy) * block.real(heads, dy.dtype), p))
     dq, dk, dv = (_joined(parts) for parts in zip(*found, strict=True))
     dq = dq.index_select(0, layout.place(heads)).view(layout.length, len(q), -1)
     bags, starts = layout.bags(heads)  # a token is a key of each segment that sees it: its gradients are added up
@@ -138,43 +143,49 @@ def grouped_backward(
 @torch.library.custom_op("trimtab::packed_attention", mutates_args=())
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scaling: float, softcap: float, window: int, sinks: Tensor | None
-) -> Tensor:
-    """q (1, H, T, d), k, v (1, K, T, .) -> (1, T, H, e), by `grouped`. One operator, so that compiled layers keep it whole."""
+) -> tuple[Tensor, Tensor]:
+    """q (1, H, T, d), k, v (1, K, T, .) -> (1, T, H, e), by `grouped`, and the number under which the layout keeps the weights,
+    or 0. One operator, so that compiled layers keep it whole."""
+    layout, heads = Layout.of(handle).read(), Heads(q.shape[1], k.shape[1])
+    number, kept = (0, None) if softcap else layout.keep(heads, q.element_size())
     with torch.autocast(q.device.type, enabled=False):  # it would raise the softmax to float32, here and not in the backward
-        y = grouped(q[0], k[0], v[0], Layout.of(handle).read(), Rule(scaling, softcap, window, sinks))
-    return y.transpose(0, 1)[None].contiguous()
+        y = grouped(q[0], k[0], v[0], layout, Rule(scaling, softcap, window, sinks), kept)
+    return y.transpose(0, 1)[None].contiguous(), torch.tensor(number)
 
 
 @packed_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scaling: float, softcap: float, window: int, sinks: Any) -> Tensor:
-    return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+def _(
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scaling: float, softcap: float, window: int, sinks: Any
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]), torch.empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("trimtab::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scaling: float, softcap: float, window: int,
+    dy: Tensor, number: Tensor, q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scaling: float, softcap: float, window: int,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rule = Rule(scaling, softcap, window, sinks)
+    layout, rule = Layout.of(handle), Rule(scaling, softcap, window, sinks)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv = grouped_backward(dy[0].transpose(0, 1), q[0], k[0], v[0], Layout.of(handle), rule)
+        kept = layout.kept.pop(int(number), None)
+        dq, dk, dv = grouped_backward(dy[0].transpose(0, 1), q[0], k[0], v[0], layout, rule, kept)
     return dq[None], dk[None], dv[None]
 
 
 @packed_attention_backward.register_fake
-def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, number: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     found = (x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))  # as `_rows` lie
     return tuple(found)  # type: ignore[return-value]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, handle, *ctx.numbers, sinks = inputs
-    ctx.save_for_backward(q, k, v, handle, *([] if sinks is None else [sinks]))
+    ctx.save_for_backward(output[1], q, k, v, handle, *([] if sinks is None else [sinks]))
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, handle, *sinks = ctx.saved_tensors
-    found = packed_attention_backward(dy, q, k, v, handle, *ctx.numbers, sinks[0] if sinks else None)
+def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    number, q, k, v, handle, *sinks = ctx.saved_tensors
+    found = packed_attention_backward(dy, number, q, k, v, handle, *ctx.numbers, sinks[0] if sinks else None)
     return (*found, None, None, None, None, None)
 
 
@@ -219,14 +230,15 @@ def laid_out(
     if torch.is_autocast_enabled(query.device.type):  # as torch's own attention does
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(low), key.to(low), value.to(low)
+    window = attention_mask or sliding_window or 0
     form = _flex if query.is_cuda else packed_attention
-    return form(query, key, value, layout, scaling, softcap or 0.0, attention_mask or sliding_window or 0, s_aux), None
+    return form(query, key, value, layout, scaling, softcap or 0.0, window, s_aux)[0], None
 
 
-def _flex(*args: Any) -> Tensor:
+def _flex(*args: Any) -> tuple[Tensor]:
     from trimtab.engine.flex import flex
 
-    return flex(*args)
+    return (flex(*args),)
 
 
 def _mask(*args: Any, config: Any = None, local_size: int | None = None, **more: Any) -> int | None:

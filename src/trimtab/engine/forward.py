@@ -29,6 +29,7 @@ from trimtab.verbs import Verbs
 
 EXACT = 1e-4  # what is rounding in float32: the difference of logits as a share of their spread, at half the tokens or more
 ROUNDED = 0.2  # and in 16-bit floats, where single tokens may be off by several times that; a wrong mask gives more than 1
+KEPT = 64 << 20  # bytes of attention weights that a pack keeps for its backward: all of short rows, the first of long ones
 KINDS = 5  # leading bits of a row's length, zeros behind them: each shape of a product is 2 ms and 0.1 MB of code on a CPU
 
 
@@ -89,6 +90,8 @@ class Engine:
         device = next(self.model.parameters()).device
         pack = _even(pack)
         layout = Layout(pack.segments, device, self.watch)
+        if torch.is_grad_enabled() and not getattr(self.model, "is_gradient_checkpointing", False):
+            layout.room = KEPT
         self._layouts.append(layout)
         return self._loss(self._run(model, pack, layout)[0], pack)
 

@@ -22,7 +22,7 @@ EVEN = 8  # lengths of rows and blocks are multiples of this: others are up to a
 WIDE = 32  # keys are filled up to multiples of this: rows of odd length are several times slower on a CPU
 
 Runs = tuple[tuple[int, int], ...]
-_numbers = itertools.count()
+_numbers = itertools.count(1)
 _living: weakref.WeakValueDictionary[int, Layout] = weakref.WeakValueDictionary()
 
 
@@ -113,7 +113,7 @@ class Layout(_Once):
 
     It travels through a model as `handle`, a tensor with a number, so that compiled code sees the same kind of argument
     at each step; `Layout.of` finds it again. `calls` counts the attention layers that have read it, and `watch` is asked
-    each time whether memory still holds.
+    each time whether memory still holds. Attention weights are `kept` for the backward while they take no more than `room`.
     """
 
     def __init__(
@@ -122,7 +122,8 @@ class Layout(_Once):
         super().__init__()
         self.segments, self.device, self.watch = tuple(segments), torch.device(device), watch
         self.length = sum(s.length for s in segments)
-        self.calls = 0
+        self.calls, self.room = 0, 0
+        self.kept: dict[int, list[Tensor]] = {}
         number = next(_numbers)
         _living[number] = self
         self.handle = torch.tensor(number)
@@ -137,6 +138,15 @@ class Layout(_Once):
         if self.watch is not None:
             self.watch.look()
         return self
+
+    def keep(self, heads: Heads, itemsize: int) -> tuple[int, list[Tensor] | None]:
+        """A list for the attention weights of one call, and the number under which `kept` has it; 0 and None without room."""
+        size = heads.q * itemsize * sum(b.count * b.length * b.seen for b in self.blocks)
+        if size > self.room:
+            return 0, None
+        self.room -= size
+        number = next(_numbers)
+        return number, self.kept.setdefault(number, [])
 
     @cached_property
     def position_ids(self) -> Tensor:

@@ -25,7 +25,7 @@ class First(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *A: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, *A: Tensor) -> Any:
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *A)
         ctx.shape, ctx.ranks = x.shape, [len(a) for a in A]
         return (_rows(x) @ _stacked(A, x.dtype).T).split(ctx.ranks, 1)
