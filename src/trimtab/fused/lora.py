@@ -54,10 +54,12 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, u: Tensor, B: Tensor, s: float, base: Base) -> Tensor:
-        y = _plus(base(_rows(x)), u, (s * B).to(x.dtype).T)  # (tokens, out)
         ctx.save_for_backward(u if ctx.needs_input_grad[2] else None, B)
         ctx.s, ctx.base, ctx.shape = s, base, x.shape
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], base.shape[0]))  # not tracked: callers may write into it
+        y, sB, shaped = base(_rows(x)), (s * B).to(x.dtype).T, (*x.shape[:-1], base.shape[0])
+        if torch.compiler.is_compiling():  # y + u sB as it stands becomes one product into a copy of y; so, a sum
+            return y.view(shaped) + (u @ sB).view(shaped)
+        return torch.ops.aten._unsafe_view(y.addmm_(u, sB), shaped)  # not tracked: callers may write into it
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,11 +73,6 @@ class Product(torch.autograd.Function):
         if u is not None:
             dB = ctx.s * (u.T @ dy).T.to(B.dtype)  # in this order the long product is read along its rows
         return dx, du, dB, None, None
-
-
-def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y + a b, in the memory of y. Compiled code would copy y first; it gets a sum, to be taken where y is next read."""
-    return y + a @ b if torch.compiler.is_compiling() else y.addmm_(a, b)
 
 
 def _rows(x: Tensor) -> Tensor:
