@@ -28,19 +28,24 @@ class First(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *A: Tensor) -> Any:
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *A)
         ctx.shape, ctx.ranks = x.shape, [len(a) for a in A]
+        ctx.set_materialize_grads(False)  # who is not called after all gets no gradient, rather than one of zeros
         return (_rows(x) @ _stacked(A, x.dtype).T).split(ctx.ranks, 1)
 
     @staticmethod
-    def backward(ctx: Any, *du: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *du: Any) -> tuple[Tensor | None, ...]:
         x, *A = ctx.saved_tensors
-        g = torch.cat(du, 1) if len(du) > 1 else du[0]
-        dx = (g @ _stacked(A, g.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        dA = (None,) * len(A) if x is None else (g.T @ _rows(x)).split(ctx.ranks)
-        return dx, *(None if d is None else d.to(a.dtype) for d, a in zip(dA, A, strict=True))
+        here = [i for i, d in enumerate(du) if d is not None]
+        g = torch.cat([du[i] for i in here], 1) if len(here) > 1 else du[here[0]]
+        dx = (g @ _stacked([A[i] for i in here], g.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dA: list[Tensor | None] = [None] * len(A)
+        if x is not None:
+            for i, d in zip(here, (g.T @ _rows(x)).split([ctx.ranks[i] for i in here]), strict=True):
+                dA[i] = d.to(A[i].dtype)
+        return dx, *dA
 
 
 def _stacked(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return (torch.cat(tuple(A)) if len(A) > 1 else A[0]).to(dtype)
+    return (torch.cat([*A]) if len(A) > 1 else A[0]).to(dtype)
 
 
 class Product(torch.autograd.Function):
@@ -139,8 +144,9 @@ def _first(adapter: Any, A: Tensor, x: Tensor) -> Tensor:
     called with it after `adapter` in an earlier pass are answered along with it, and find their part when their turn comes."""
     if not (torch.is_grad_enabled() and A.requires_grad):
         return First.apply(x, A)[0]  # type: ignore[index]
-    (mine, u), adapter.found = getattr(adapter, "found", _NOTHING), _NOTHING
+    mine, u = getattr(adapter, "found", _NOTHING)
     if mine is x:
+        adapter.found = _NOTHING
         return u
     mates = [m for m in getattr(adapter, "mates", ()) if _joins(m, x)]
     u, *others = First.apply(x, A, *(m.factors()[0] for m in mates))  # type: ignore[misc]
@@ -160,7 +166,8 @@ def _see(adapter: Any, x: Tensor) -> None:
     global _seen
     if not hasattr(adapter, "mates"):
         adapter.mates, adapter.found = (), _NOTHING
-    adapter.mates = tuple(m for m in adapter.mates if m.found is _NOTHING)
+    for mate in [m for m in adapter.mates if m.found[0] is not None]:
+        adapter.mates, mate.found = tuple(m for m in adapter.mates if m is not mate), _NOTHING
     (before, first), now = _seen, (weakref.ref(x), weakref.ref(adapter))
     leader = first() if before() is x else None
     if leader is None or leader is adapter:
