@@ -53,6 +53,7 @@ class Engine:
         self.after: After | None = None
         self.head = self._head()
         self.layers = int(getattr(_text(self.model.config), "num_hidden_layers", 0))
+        self.may_recompute: list[Any] = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
         self.watch: Watch | None = None
         self.compiled: Compiled | None = None  # used in training steps, where it is set
         self._layouts: list[Layout] = []  # of this step: compiled layers know them by number alone
@@ -90,7 +91,7 @@ class Engine:
         device = next(self.model.parameters()).device
         pack = _even(pack)
         layout = Layout(pack.segments, device, self.watch)
-        if torch.is_grad_enabled() and not getattr(self.model, "is_gradient_checkpointing", False):
+        if torch.is_grad_enabled() and not any(m.gradient_checkpointing for m in self.may_recompute):
             layout.room = KEPT
         self._layouts.append(layout)
         return self._loss(self._run(model, pack, layout)[0], pack)

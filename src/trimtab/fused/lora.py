@@ -28,20 +28,15 @@ class First(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *A: Tensor) -> Any:
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *A)
         ctx.shape, ctx.ranks = x.shape, [len(a) for a in A]
-        ctx.set_materialize_grads(False)  # who is not called after all gets no gradient, rather than one of zeros
         return (_rows(x) @ _stacked(A, x.dtype).T).split(ctx.ranks, 1)
 
     @staticmethod
-    def backward(ctx: Any, *du: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *du: Tensor) -> tuple[Tensor | None, ...]:
         x, *A = ctx.saved_tensors
-        here = [i for i, d in enumerate(du) if d is not None]
-        g = torch.cat([du[i] for i in here], 1) if len(here) > 1 else du[here[0]]
-        dx = (g @ _stacked([A[i] for i in here], g.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        dA: list[Tensor | None] = [None] * len(A)
-        if x is not None:
-            for i, d in zip(here, (g.T @ _rows(x)).split([ctx.ranks[i] for i in here]), strict=True):
-                dA[i] = d.to(A[i].dtype)
-        return dx, *dA
+        g = torch.cat([*du], 1)
+        dx = (g @ _stacked(A, g.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dA = (None,) * len(A) if x is None else (g.T @ _rows(x)).split(ctx.ranks)
+        return dx, *(None if d is None else d.to(a.dtype) for d, a in zip(dA, A, strict=True))
 
 
 def _stacked(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -107,8 +102,6 @@ def product(adapter: LoRA, base: Base, x: Tensor) -> Tensor | None:
     """None, so that the adapter answers itself: mixed dtypes, float16, autocast to another dtype, a bias on B, a scale in a
     tensor, a base that is trained, hooked or kept in a tensor of another kind, functorch; and decoding, a few tokens without
     gradient."""
-    if not torch.compiler.is_compiling():
-        _see(adapter, x)
     (A, B), layer = adapter.factors(), base.layer
     w: Any = layer.weight
     b, device = base.bias(), x.device.type
@@ -140,9 +133,11 @@ _seen: tuple[Any, Any] = (lambda: None, lambda: None)  # the input of the last c
 
 
 def _first(adapter: Any, A: Tensor, x: Tensor) -> Tensor:
-    """x A^T (tokens, r). Which adapters read one input, as q, k and v do, stands in no list but is seen: those that were
-    called with it after `adapter` in an earlier pass are answered along with it, and find their part when their turn comes."""
-    if not (torch.is_grad_enabled() and A.requires_grad):
+    """x A^T (tokens, r). In compiled code the adapters that read one input, as q, k and v do, are answered together at the
+    first one's turn, and find their part at their own. Which do stands in no list: it is seen on passes that are not compiled,
+    and those answer each by itself, so that they round the same whatever came before."""
+    if not torch.compiler.is_compiling():
+        _see(adapter, x)
         return First.apply(x, A)[0]  # type: ignore[index]
     mine, u = getattr(adapter, "found", _NOTHING)
     if mine is x:
@@ -162,14 +157,11 @@ def _joins(mate: Any, x: Tensor) -> bool:
 
 
 def _see(adapter: Any, x: Tensor) -> None:
-    """Take down who reads what the call before it read, too. A mate that left its part where it was does so no more."""
+    """Take down who reads what the call before it read, too."""
     global _seen
-    if not hasattr(adapter, "mates"):
-        adapter.mates, adapter.found = (), _NOTHING
-    for mate in [m for m in adapter.mates if m.found[0] is not None]:
-        adapter.mates, mate.found = tuple(m for m in adapter.mates if m is not mate), _NOTHING
     (before, first), now = _seen, (weakref.ref(x), weakref.ref(adapter))
     leader = first() if before() is x else None
+    adapter.mates = ()
     if leader is None or leader is adapter:
         _seen = now
     elif adapter not in leader.mates:
