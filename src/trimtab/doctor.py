@@ -72,7 +72,7 @@ class Patient:
         self.tensors = store.read(self.folder, allow_pickle=allow_pickle)
         self.own = (self.folder / "tokenizer_config.json").is_file()
         self.renderer = Renderer(load.load_tokenizer(self.folder if self.own else source.base))
-        base = load.load_model(source.base, dtype=source.dtype, load_in_4bit=source.load_in_4bit)
+        base = load.load_model(source.base, dtype=source.dtype, load_in_4bit=source.load_in_4bit, held=True)
         self.base_config = base.config
         self.different = origin.difference(self.folder, base)
         self.tuned: Any = None

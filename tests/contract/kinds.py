@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from trimtab import PeftModel, get_peft_model
+from trimtab.bases.held import HeldLinear
 from trimtab.core.adapter import Adapter, ModelAdapter
 from trimtab.core.config import PeftConfig, config_for, default_like, load, methods
 from trimtab.core.layer import AdapterLayer
@@ -30,6 +31,7 @@ class Kind:
     shape: tuple[int, ...] | None
     quantised: bool = False
     bound: float = 0.0  # |w - the unquantised w| over the largest value of its block
+    held: bool = False  # where it computes in float32, its weight has 16 bits
 
     def layer(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
@@ -40,7 +42,15 @@ class Kind:
         with torch.no_grad():
             for p in made.parameters():
                 p.add_(torch.randn_like(p) * 0.1)
+        if self.held and dtype is torch.float32:
+            made = made.requires_grad_(False)
+            made.weight.data = made.weight.data.bfloat16()  # type: ignore[operator,union-attr]
+            return HeldLinear(made)  # type: ignore[arg-type]
         return made.to(dtype)
+
+    def host(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        made = Host(self.layer(dtype))
+        return made if self.quantised or (self.held and dtype is torch.float32) else made.to(dtype)
 
     def x(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         draw = torch.Generator().manual_seed(seed)
@@ -74,6 +84,8 @@ def bnb(quant_type: str, state: str = "fresh", *, double: bool = True) -> nn.Mod
 KINDS = [
     Kind("linear", lambda: nn.Linear(12, 8), (2, 3, 12)),
     Kind("linear-no-bias", lambda: nn.Linear(12, 8, bias=False), (4, 12)),
+    Kind("held", lambda: nn.Linear(12, 8), (2, 3, 12), held=True),
+    Kind("held-no-bias", lambda: nn.Linear(12, 8, bias=False), (4, 12), held=True),
     Kind("transposed", lambda: Conv1D(8, 12), (2, 3, 12)),
     Kind("embedding", lambda: nn.Embedding(11, 8), None),
     Kind("embedding-padding", lambda: nn.Embedding(11, 8, padding_idx=3), None),
@@ -125,9 +137,7 @@ class Case:
 
     def fresh(self, dtype: torch.dtype = torch.float32, name: str = "default") -> PeftModel:
         """The method on the layer as it starts; in eval mode where training draws numbers."""
-        made = get_peft_model(
-            Host(self.kind.layer(dtype)).to(dtype if not self.kind.quantised else None), self.config(), name
-        )
+        made = get_peft_model(self.kind.host(dtype), self.config(), name)
         return made.train(not load(self.method).adapter.noisy)
 
     def model(self, dtype: torch.dtype = torch.float32, name: str = "default") -> PeftModel:

@@ -25,7 +25,7 @@ from trimtab.methods.lora import LoRA
 
 FORMS = {(a, b): form for (a, b), form in fused_forms.items()}
 CASES = [c for c in PLAIN if (load(c.method).adapter, type(port(c.kind.layer()))) in FORMS]
-SOME = [c for c in CASES if c.kind.name in ("linear", "transposed", "nf4-double")]  # one of each base
+SOME = [c for c in CASES if c.kind.name in ("linear", "transposed", "held", "nf4-double")]  # one of each base
 each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 some = pytest.mark.parametrize("case", SOME, ids=lambda c: c.id)
 

@@ -27,12 +27,10 @@ from trimtab.export import stream
 from trimtab.export.probes import KERNEL, TOLERANCE, Difference, compare, logits, probes
 from trimtab.export.stream import in_float32
 from trimtab.files import read_json, try_folder, write_text
-from trimtab.headers import tensors
 from trimtab.model import PeftModel, get_peft_model
 from trimtab.train import load
 
 REPORT, CARD = "merge_report.json", "README.md"
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -137,8 +135,7 @@ def _record(adapter: Path) -> dict[str, Any]:
 def _stored(adapter: Path, base: Path) -> torch.dtype:
     """The one dtype of the base's weights. float32 where there are several, and for a method that starts from the weights'
     values: what it makes of them should not be rounded."""
-    kinds = {claim.dtype for _, _, claim in tensors(base) if claim.dtype.startswith(("F", "BF"))}
-    only = FLOATS.get(kinds.pop()) if len(kinds) == 1 else None
+    only = load.stored_in(base)
     if only is None:
         return torch.float32
     with warnings.catch_warnings():
@@ -153,9 +150,10 @@ def _stored(adapter: Path, base: Path) -> torch.dtype:
 def _expected(adapter: Path, source: Source, ids: list[list[int]], allow_pickle: bool) -> list[Tensor]:
     """What the adapter says on the base that it was trained on. It computes in float32, as the merged model does for the
     comparison, so that only the weights make a difference; 4-bit layers compute as in the run."""
-    base = load.load_model(source.base, dtype=source.stored, load_in_4bit=source.load_in_4bit)
+    four_bit = source.load_in_4bit
+    base = load.load_model(source.base, dtype=source.stored, load_in_4bit=four_bit, held=four_bit)
     model = PeftModel.from_pretrained(base, str(adapter), allow_pickle=allow_pickle).eval()
-    return logits(model, ids) if source.load_in_4bit else _logits(model, ids)
+    return logits(model, ids) if four_bit else _logits(model, ids)
 
 
 def _logits(model: Any, ids: list[list[int]]) -> list[Tensor]:

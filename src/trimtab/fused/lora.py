@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.bases.bnb4 import Bnb4
 from trimtab.bases.dense import DenseLinear, TransposedLinear
+from trimtab.bases.held import Held
 from trimtab.core.adapter import fused
 from trimtab.core.base import Base
 from trimtab.methods.lora import LoRA
@@ -49,7 +50,7 @@ class Product(torch.autograd.Function):
         dx = dy W    du = s dy B    dB = s dy^T u
 
     x (..., in), u (tokens, r), W (out, in), B (out, r). Products run in the dtype of x; B and its gradient keep their own. The
-    backward is left u alone: W is asked of the base again, so that no dense copy of a 4-bit weight outlives its product.
+    backward is left u alone: W is asked of the base again, so that no wide copy of a narrow weight outlives its product.
     """
 
     @staticmethod
@@ -97,7 +98,7 @@ def _watched(module: nn.Module) -> bool:
     )
 
 
-@fused(LoRA, DenseLinear, TransposedLinear, Bnb4)
+@fused(LoRA, DenseLinear, TransposedLinear, Held, Bnb4)
 def product(adapter: LoRA, base: Base, x: Tensor) -> Tensor | None:
     """None, so that the adapter answers itself: mixed dtypes, float16, autocast to another dtype, a bias on B, a scale in a
     tensor, a base that is trained, hooked or kept in a tensor of another kind, functorch; and decoding, a few tokens without

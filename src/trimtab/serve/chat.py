@@ -104,7 +104,7 @@ def open_chat(folder: str | Path, *, model: str | None = None, allow_pickle: boo
 
 def _plain(path: Path, settings: dict[str, Any]) -> Chat:
     hardware = pick("auto")
-    loaded = load_model(model_folder(str(path)), dtype=hardware.dtype, device=hardware.device)
+    loaded = load_model(model_folder(str(path)), dtype=hardware.dtype, device=hardware.device, held=True)
     return Chat(loaded, Renderer(load_tokenizer(path)), **settings)
 
 
@@ -114,5 +114,6 @@ def _tuned(path: Path, model: str | None, allow_pickle: bool, settings: dict[str
     source = find_source(path, model)
     own = path if (path / "tokenizer_config.json").is_file() else source.base
     renderer = Renderer(load_tokenizer(own))
-    base = load_model(source.base, dtype=source.dtype, device=pick("auto").device, load_in_4bit=source.load_in_4bit)
+    device, four_bit = pick("auto").device, source.load_in_4bit
+    base = load_model(source.base, dtype=source.dtype, device=device, load_in_4bit=four_bit, held=True)
     return Chat(PeftModel.from_pretrained(base, path, allow_pickle=allow_pickle), renderer, **settings)

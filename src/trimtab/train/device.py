@@ -25,18 +25,18 @@ def pick(dtype: str = "auto") -> Hardware:
     device = torch.device(
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     )
-    native, reason = _native_bf16(device)
+    native, reason = native_bf16(device)
     if dtype == "auto":
         chosen = torch.bfloat16 if native else torch.float32
     else:
         chosen = getattr(torch, dtype)
-        reason = f"as asked; {reason}" if chosen is torch.bfloat16 and not native else "as asked"
+        reason = "as asked" + (f"; {_instead(device)}{reason}" if chosen is torch.bfloat16 and not native else "")
     if chosen is torch.float16 and device.type == "cpu":
         raise ConfigError("dtype float16 was asked for, and a CPU does not train in it: take bfloat16, float32 or auto")
     return Hardware(device, chosen, f"{device.type}, {str(chosen).removeprefix('torch.')}: {reason}")
 
 
-def _native_bf16(device: torch.device) -> tuple[bool, str]:
+def native_bf16(device: torch.device) -> tuple[bool, str]:
     """Whether the chip multiplies bfloat16 itself. Emulated bfloat16 is slower than float32, so it does not count."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability()
@@ -50,6 +50,10 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
     if _cpu_has_bf16():
         return True, "this CPU multiplies it natively"
     return False, "this CPU has no native bfloat16"
+
+
+def _instead(device: torch.device) -> str:
+    return "multiplied in float32, for " if device.type == "cpu" else ""  # see `load_model`, held
 
 
 def _cpu_has_bf16() -> bool:

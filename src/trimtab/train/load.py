@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
+from trimtab.bases.held import hold
 from trimtab.errors import ConfigError, nearest
-from trimtab.headers import header, shards
+from trimtab.headers import header, shards, tensors
+from trimtab.masters import HALVES
+from trimtab.train.device import native_bf16
 
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as headers of safetensors call them
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -70,8 +74,13 @@ def load_model(
     device: torch.device | str = "cpu",
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
+    held: bool = False,
 ) -> Any:
-    """The frozen base model on `device`. In 4 bit the layers compute in `dtype`, as the rest of the model does."""
+    """The frozen base model on `device`. In 4 bit the layers compute in `dtype`, as the rest of the model does.
+
+    held: for what trains and answers. On a CPU, float32 layers then hold weights that are stored in 16 bits in those 16 bits,
+    and so does a bfloat16 model that this CPU cannot multiply: it computes in float32, too.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -79,20 +88,38 @@ def load_model(
         _bare(Path(name))
         for file in shards(Path(name)):
             header(file)  # a damaged file is named, and no index leads out of the folder
-    more: dict[str, Any] = {"quantization_config": nf4(dtype)} if load_in_4bit else {}
+    narrow = _narrow(Path(name), dtype, load_in_4bit) if held and torch.device(device).type == "cpu" else None
+    more: dict[str, Any] = {"quantization_config": nf4(torch.float32 if narrow else dtype)} if load_in_4bit else {}
     if load_in_4bit or torch.device(device).type != "cpu":
         more["device_map"] = {"": str(device)}
     more |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
         with _without_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **more)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=narrow or dtype, output_loading_info=True, **more)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(f"the model in {name} could not be loaded: {_first_line(error)}{_consent(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         shown = ", ".join(missing[:5])
         raise ConfigError(f"the weights in {name} lack {len(missing)} tensors of the model ({shown}): is it complete?")
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if narrow:
+        hold(model)
+    return model
+
+
+def _narrow(folder: Path, dtype: torch.dtype, load_in_4bit: bool) -> torch.dtype | None:
+    """The 16 bits in which weights are held while a CPU computes in float32; None: everything is in `dtype`."""
+    if dtype is torch.bfloat16:
+        return None if native_bf16(torch.device("cpu"))[0] else dtype
+    wanted = dtype is torch.float32 and not load_in_4bit and folder.is_dir()
+    return stored if wanted and (stored := stored_in(folder)) in HALVES else None
+
+
+def stored_in(folder: Path) -> torch.dtype | None:
+    """The one dtype of the weights in a model folder; None where there are several."""
+    kinds = {claim.dtype for _, _, claim in tensors(folder) if claim.dtype.startswith(("F", "BF"))}
+    return FLOATS.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def skeleton(name: str, *, trust_remote_code: bool = False) -> Any:

@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
 from trimtab import mergeable
+from trimtab.bases.held import held
 from trimtab.core.config import config_for, method_of
 from trimtab.core.group import groups
 from trimtab.data import Prepared, Renderer, prepare
@@ -124,6 +125,7 @@ def _model(o: TrainOptions, folder: Path, hardware: Hardware, data: Prepared, pa
         device=hardware.device,
         load_in_4bit=o.load_in_4bit,
         trust_remote_code=o.trust_remote_code,
+        held=True,
     )
     # what the adapter's config will call its base: the folder from wherever it is opened, or the hub's name
     given = Path(o.model).expanduser()
@@ -144,6 +146,8 @@ def _tell_model(model: Any, o: TrainOptions, say: _Teller) -> None:
     share = f"{100 * trained / every:.2f} %"
     name = method_of(model.peft_config["default"]).name
     say.line("adapter", f"{name}, {source}: trains {trained:,} of {every:,} parameters ({share}) in {', '.join(dtypes)}")
+    if kept := held(model):
+        say.line("", f"linear layers of the base hold their weights in {kept} and multiply in float32: half the memory")
     for why in filter(None, map(mergeable.never, groups(model.get_base_model()).values())):
         say.line("merge", why)
 
