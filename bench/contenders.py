@@ -233,7 +233,7 @@ def make_adapter(job: Job, folder: Path) -> Path:
     return adapter
 
 
-def matmul_peak(model: Path, threads: int, folder: Path) -> dict[str, Any]:
-    """`peak.py` in a process of its own: the machine's bfloat16 matmul rate now, and the name of the graphics card."""
-    printed = run([sys.executable, str(BENCH / "peak.py"), str(model), str(threads)], folder, threads)
+def matmul_peak(model: Path, threads: int, dtype: str, folder: Path) -> dict[str, Any]:
+    """`peak.py` in a process of its own: the machine's matmul rate now, and the name of the graphics card."""
+    printed = run([sys.executable, str(BENCH / "peak.py"), str(model), str(threads), dtype], folder, threads)
     return json.loads(printed)

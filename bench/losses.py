@@ -1,8 +1,8 @@
 """Whether the fast step is the same step: our losses against `peft_trainer`'s, same adapter, order and batches.
 
     python bench/losses.py                       float32, the first 10 steps of each work: no pair may differ by 1e-4
-    python bench/losses.py --steps 300           bfloat16: the means of the last 20 steps may differ by 1 %
-    python bench/losses.py --steps 300 --dtype float32      the same where rounding does not drive two runs apart
+    python bench/losses.py --steps 300           the means of the last 20 steps may differ by 1 %; in bfloat16, where the chip
+                                                 has it, rounding drives two runs apart: --dtype float32
 
 Exit code 1 where they differ.
 """
@@ -76,9 +76,10 @@ def main() -> int:
     p = options(__doc__ or "")
     p.add_argument("--first", type=int, default=10, help="steps, each compared (%(default)s)")
     p.add_argument("--steps", type=int, help="instead: compare the last of so many (works have rows for 60 to 600)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, with --steps bfloat16")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, with --steps what trimtab takes here")
     a = p.parse_args()
-    steps, dtype = (a.steps, a.dtype or "bfloat16") if a.steps else (a.first, a.dtype or "float32")
+    steps = a.steps or a.first
+    dtype = a.dtype = a.dtype or (machine.dtype() if a.steps else "float32")
     good = True
     with tempfile.TemporaryDirectory() as temporary:
         try:

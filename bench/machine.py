@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import trimtab
-from trimtab.train import record
+from trimtab.train import device, record
 
 PACKAGES = ("trimtab", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 MATRIX_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bf16"}
@@ -18,6 +18,11 @@ MATRIX_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bf16"}
 
 def versions() -> dict[str, str]:
     return record.versions(PACKAGES)
+
+
+def dtype() -> str:
+    """In which a CPU or card multiplies best, of the two that are benched."""
+    return str(device.pick("auto").dtype).removeprefix("torch.")
 
 
 def machine() -> dict[str, Any]:

@@ -229,7 +229,7 @@ def base(given: dict[str, Any]) -> tuple[Any, Any]:
     from trimtab.train.device import pick
 
     hardware, folder = pick("auto"), Path(given["path"])
-    model = loading.load_model(folder, dtype=hardware.dtype, device=hardware.device)
+    model = loading.load_model(folder, dtype=hardware.dtype, device=hardware.device, held=True)
     return model, Renderer(loading.load_tokenizer(folder))
 
 

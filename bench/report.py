@@ -24,7 +24,7 @@ How to read it:
 - x peft_trainer: against its fastest micro-batch. One that was over a fifth slower in the first round is not repeated.
 - Computed: tokens that went through the model for each token seen; below 1 where prefixes are shared.
 - Of the matmul peak: FLOPs of the linear layers (see `bench/flops.py`) at the steady speed, over the rate of a bare
-  bfloat16 matmul of the model's own shapes, measured before each of our cells.
+  matmul of the model's own shapes, measured before each of our cells.
 """
 HEAD = (
     "work", "contender", "rows", "rounds", "tokens/s", "steady", "x peft_trainer", "x tutorial", "peak memory",
@@ -113,11 +113,11 @@ def _about(header: Cell, commands: list[str], cells: list[Cell]) -> list[str]:
         *(f"- `{command}`" for command in commands),
         f"- {card}{machine['cpu']}, {machine['cores']} cores, bf16 units: {machine['bf16']}{memory}; {machine['system']}",
         f"- {versions}; trimtab's sources {header['code']}",
-        f"- {settings['model']}, LoRA r=8 on all linear layers, bfloat16, {settings['batch_size']} examples a step, "
+        f"- {settings['model']}, LoRA r=8 on all linear layers, {settings['dtype']}, {settings['batch_size']} examples a step, "
         f"learning rate {settings['learning_rate']:g}, {settings['threads']} threads",
     ]
     if peaks:
-        found.append(f"- bfloat16 matmul peak: {spread(peaks, '.2f')} TFLOP/s")
+        found.append(f"- matmul peak: {spread(peaks, '.2f')} TFLOP/s")
     if busy:
         found.append(f"- cores that other programs used meanwhile: {spread(busy, '.2f')}")
     return found

@@ -62,6 +62,7 @@ def _names(known: Any) -> Any:
 def arguments() -> argparse.Namespace:
     p = options(__doc__ or "")
     p.add_argument("--peer_list", type=_names(PEERS), default=list(PEERS), help=f"of {','.join(PEERS)}")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default=machine.dtype(), help="of all (here: %(default)s)")
     p.add_argument("--repeats", type=int, default=3, help="rounds (%(default)s)")
     p.add_argument("--rows", type=int, help="our rows in each work, and the most a peer gets (default: see works.py)")
     p.add_argument("--fresh", action="store_true", help="do not go on with earlier results")
@@ -102,6 +103,7 @@ class Bench:
             file=self.rows.file(work),
             batch_size=self.a.batch_size or 16,
             learning_rate=self.a.learning_rate,
+            dtype=self.a.dtype,
             max_length=work.max_length,
             four_bit=work.four_bit,
             threads=self.a.threads,
@@ -122,6 +124,7 @@ class Bench:
             "batch_size": self.a.batch_size or 16,
             "learning_rate": self.a.learning_rate,
             "threads": self.a.threads,
+            "dtype": self.a.dtype,
         }
         found = {"settings": settings, "machine": machine.machine(), "versions": machine.versions()}
         return found | {"code": machine.code(), "card": card}
@@ -156,7 +159,7 @@ def main() -> int:
         except ConfigError as error:
             print(f"error: {error}")
             return 1
-        peak = contenders.matmul_peak(bench.model, a.threads, bench.folder / "peak")
+        peak = contenders.matmul_peak(bench.model, a.threads, a.dtype, bench.folder / "peak")
         if said := results.open(bench.header(peak["card"]), command_line(sys.argv[1:]), fresh=a.fresh):
             print(said)
         adapter = bench.adapter()
@@ -189,7 +192,7 @@ def one_cell(bench: Bench, work: Work, contender: Contender, adapter: Path | Non
     logs = bench.output / "logs" / name
     before: Cell = {}
     if contender.ours:
-        peak = contenders.matmul_peak(bench.model, bench.a.threads, bench.folder / "peak")
+        peak = contenders.matmul_peak(bench.model, bench.a.threads, bench.a.dtype, bench.folder / "peak")
         before = {"matmul_peak": peak["matmul_peak"]}
     with machine.Others() as others:
         try:

@@ -19,6 +19,7 @@ HEADER: dict[str, Any] = {
     "code": "abc",
     "card": None,
     "settings": {
+        "dtype": "bfloat16",
         "model": "Small", "sizes": {"linear": 100, "head": 50}, "batch_size": 16, "learning_rate": 1e-3, "threads": 2,
     },
 }  # fmt: skip

@@ -65,7 +65,7 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float) -> None:
 
 def test_every_form_has_a_layer_that_it_is_tested_on() -> None:
     assert {(load(c.method).adapter, type(port(c.kind.layer()))) for c in CASES} == set(FORMS)
-    assert len(FORMS) == 3 and len(CASES) == 8
+    assert len(FORMS) == 4 and len(CASES) == 10
 
 
 @each

@@ -79,7 +79,7 @@ def test_every_base_is_among_the_kinds_and_every_method_fits_every_linear_layer(
     inside = {Attention, Parameters, Encoder}  # layers with several weights: test_several_weights.py
     assert set(bases().values()) - inside == {type(port(k.layer())) for k in KINDS}
     linear = [k.name for k in KINDS if port(k.layer()).op.kind == "linear"]
-    assert len(linear) == 8
+    assert len(linear) == 10
     for method in layer_methods():
         if load(method).adapter.on_modules and not any(c.method == method for c in PLAIN):
             continue  # made for modules that are no layers: tests/contract/test_blocks.py

@@ -19,6 +19,7 @@ from trimtab.core.config import config_for
 from trimtab.export.merge import merge
 from trimtab.model import get_peft_model
 from trimtab.train import load
+from trimtab.train.device import emulated
 from trimtab.train.options import TrainOptions
 from trimtab.train.run import run
 
@@ -115,6 +116,15 @@ def test_code_that_reads_weights_by_itself_gets_a_float32_model(monkeypatch: pyt
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         ids = torch.tensor([[5, 6, 7]])
         assert torch.equal(model(input_ids=ids).logits, want(input_ids=ids).logits)
+
+
+def test_a_model_of_the_callers_in_emulated_bfloat16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, said in ((True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+        assert ("many times slower" in emulated(llama().to(LOW))) is said
+    model = llama().to(LOW)
+    hold(model)
+    assert emulated(model) == emulated(llama()) == ""
 
 
 # ---- which models are held

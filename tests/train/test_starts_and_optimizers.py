@@ -103,13 +103,13 @@ def test_starts_see_the_training_rows_by_themselves(init: str, model_folder: Pat
 
 
 def test_loftq_on_a_4_bit_base_reads_the_model_folder(model_folder: Path, rows: Path, tmp_path: Path) -> None:
-    losses = {}
+    norms = {}
     for init in (True, "loftq"):
-        chosen = options(model_folder, rows, tmp_path / str(init), load_in_4bit=True, max_steps=1,
+        chosen = options(model_folder, rows, tmp_path / str(init), load_in_4bit=True, max_steps=1, learning_rate=1e-5,
                          adapter_options={"init_lora_weights": init, "r": 16})  # fmt: skip
         done = whole_run(chosen, console=Console(file=io.StringIO()))
-        losses[init] = sum(m.lora_B.weight.norm().item() for m in done.model.modules() if isinstance(m, LoRA))
-    assert losses["loftq"] > 10 * losses[True]
+        norms[init] = sum(m.lora_B.weight.norm().item() for m in done.model.modules() if isinstance(m, LoRA))
+    assert norms["loftq"] > 5 > 100 * norms[True]  # the first step moves B by 1e-5, LoftQ starts it from what 4 bits lose
 
 
 @pytest.mark.parametrize("optim", ["loraplus", "lorafa", "riemannian"])

@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from trimtab.errors import ConfigError
 
@@ -61,6 +62,14 @@ def _cpu_has_bf16() -> bool:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     known = torch.cpu.get_capabilities()
     return any(known.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+
+
+def emulated(model: nn.Module) -> str:
+    """The line for a model whose products a CPU does not have, and takes ten to eighty times as long for; else empty."""
+    low = any(m.weight.dtype is torch.bfloat16 and m.weight.is_cpu for m in model.modules() if type(m) is nn.Linear)
+    if not low or native_bf16(torch.device("cpu"))[0]:
+        return ""
+    return "this CPU has no native bfloat16 and is many times slower in it: load the model in dtype=torch.float32"
 
 
 def busy() -> str | None:

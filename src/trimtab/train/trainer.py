@@ -26,6 +26,7 @@ from trimtab.train import checkpoint, layouts, low_rank, same, saving
 from trimtab.train.audits import StepAudit, answering, labels_of, some_labels, trainable
 from trimtab.train.batches import EXAMPLES, ROWS, Collator, Together
 from trimtab.train.checkpoint import Counts
+from trimtab.train.device import emulated
 from trimtab.train.finite import IN_A_ROW, Skipped, broken, some
 from trimtab.train.objectives.sft import predicts_next, row_losses, supervised, takes_positions
 from trimtab.train.options import TrainOptions
@@ -94,6 +95,8 @@ class Trainer(transformers.Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         trainable(self.model)
         answering(self.base())
+        if (slow := emulated(self.base())) and self.is_world_process_zero():
+            print(f"compute: {slow}")
         if self.decoder:
             some_labels(_items(self.train_dataset))
         self.counts, self._logged, self.skipped = Counts(), Counts(), Skipped(self._limit)
