@@ -57,9 +57,11 @@ class RunFailed(Exception):
 
 
 def lineup(
-    work: Work, peers: list[str], compile_modes: list[str | None], batch_size: int = 16, rows: int | None = None
-) -> list[Contender]:
-    """Everyone who takes part in a work. `rows` replaces our number and caps the peers'."""
+    work: Work, peers: list[str], compile_modes: list[str | None], batch_size: int = 16, rows: int | None = None,
+    sizes: tuple[int, ...] = (),
+) -> list[Contender]:  # fmt: skip
+    """Everyone who takes part in a work. `rows` replaces our number and caps the peers'; `sizes` are peft_trainer's
+    micro-batches, if not all that the work names."""
     ours = rows or work.rows["trimtab"]
     found = [
         Contender("trimtab", "trimtab", ours)
@@ -70,15 +72,15 @@ def lineup(
     for kind in peers:
         if kind in work.rows:
             n = min(rows or work.rows[kind], work.rows[kind])
-            found += [Contender(name, kind, n, flags) for name, flags in variants(work, kind, batch_size)]
+            found += [Contender(name, kind, n, flags) for name, flags in variants(work, kind, batch_size, sizes)]
     return found
 
 
-def variants(work: Work, kind: str, batch_size: int) -> list[tuple[str, tuple[str, ...]]]:
+def variants(work: Work, kind: str, batch_size: int, sizes: tuple[int, ...] = ()) -> list[tuple[str, tuple[str, ...]]]:
     """(name, flags) of each way a peer runs."""
     if kind == "peft_trainer":
-        sizes = sorted({min(size, batch_size) for size in work.micro_batches})
-        return [(f"peft_trainer, micro-batch {size}", ("--micro_batch_size", str(size))) for size in sizes]
+        each = sorted({min(size, batch_size) for size in sizes or work.micro_batches})
+        return [(f"peft_trainer, micro-batch {size}", ("--micro_batch_size", str(size))) for size in each]
     if kind == "trl_sft":
         size = min(work.trl_batch, batch_size)
         return [(f"trl_sft, batch {size}", ("--batch_size", str(size)))]

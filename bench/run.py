@@ -59,10 +59,15 @@ def _names(known: Any) -> Any:
     return names
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
 def arguments() -> argparse.Namespace:
     p = options(__doc__ or "")
     p.add_argument("--peer_list", type=_names(PEERS), default=list(PEERS), help=f"of {','.join(PEERS)}")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default=machine.dtype(), help="of all (here: %(default)s)")
+    p.add_argument("--micro_batches", type=_sizes, default=(), help="of peft_trainer, as 4,8 (default: see works.py)")
     p.add_argument("--repeats", type=int, default=3, help="rounds (%(default)s)")
     p.add_argument("--rows", type=int, help="our rows in each work, and the most a peer gets (default: see works.py)")
     p.add_argument("--fresh", action="store_true", help="do not go on with earlier results")
@@ -173,7 +178,7 @@ def main() -> int:
 def one_round(bench: Bench, work: Work, turn: int, adapter: Path | None, results: Results) -> None:
     a = bench.a
     everyone = contenders.lineup(
-        work, a.peer_list if bench.peers else [], a.compile or [None], a.batch_size or 16, a.rows
+        work, a.peer_list if bench.peers else [], a.compile or [None], a.batch_size or 16, a.rows, a.micro_batches
     )
     earlier = [cell for cell in results.cells if cell["round"] < turn]
     for contender in everyone:

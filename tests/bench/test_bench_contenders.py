@@ -70,6 +70,8 @@ def test_who_takes_part_and_with_how_many_rows() -> None:
         ("peft_trainer, micro-batch 8", 64, ("--micro_batch_size", "8")),
         ("tutorial", 16, ()),
     ]
+    only = lineup(work, ["peft_trainer"], [None], sizes=(2, 32))
+    assert [c.name for c in only[1:]] == ["peft_trainer, micro-batch 2", "peft_trainer, micro-batch 16"]
     assert "tutorial" not in {c.name for c in lineup(WORKS["alpaca"], ["tutorial"], [None])}
 
 
