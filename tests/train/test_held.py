@@ -98,6 +98,23 @@ def test_a_weight_that_something_else_reads_too_is_wide() -> None:
     assert hold(model) and len(held_layers(model)) == 13 and tied.weight.dtype is torch.float32
 
 
+def test_a_layer_that_is_not_called_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate, say, whose weight is read with a cast of its own: that would be a product in 16 bits, and no error."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def casts(self: Any, x: Tensor) -> Tensor:
+        gate = F.linear(x.to(self.gate_proj.weight.dtype), self.gate_proj.weight).to(x.dtype)
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+    monkeypatch.setattr(LlamaMLP, "forward", casts)
+    model, want = llama().to(LOW), llama().to(LOW).float()
+    assert hold(model)
+    wide = {n for n, m in model.named_modules() if type(m) is HeldLinear and m.weight.dtype is torch.float32}
+    assert wide == {f"model.layers.{i}.mlp.gate_proj" for i in range(2)}
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(input_ids=ids).logits, want(input_ids=ids).logits)
+
+
 def test_code_that_reads_weights_by_itself_gets_a_float32_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 

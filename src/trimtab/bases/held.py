@@ -1,7 +1,7 @@
 """Linear layers that hold their weight in the 16 bits it is stored in, and multiply in float32.
 
 What a CPU without bfloat16 products runs: the numbers of a float32 model, to the last bit, in half its memory. Widening a
-weight costs no more time than reading it twice as wide.
+weight costs no more time than reading a wide one, but for a token or a few.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def held(model: nn.Module) -> str:
 
 def hold(model: Any) -> bool:
     """Make a frozen 16-bit causal language model compute in float32, in place: plain linear layers hold their weights as they
-    are, all else is widened, the output layer too. False: its own code works on those weights by itself, so they are wide."""
+    are, all else is widened, the output layer too, and so is a layer whose weight the model's own code may read by itself:
+    one that a forward of two tokens does not call. False: none is held."""
     head, linear = model.get_output_embeddings(), []
     for path, layer in model.named_modules():
         if type(layer) is nn.Linear and layer is not head and layer.weight.dtype in HALVES:
@@ -93,26 +94,27 @@ def hold(model: Any) -> bool:
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.dtype in HALVES and id(tensor) not in kept:
             tensor.data = tensor.data.float()
-    if not kept or _reads_wide(model):
-        return bool(kept)
-    model.float()  # a held layer whose weight is float32 is a plain one
-    return False
+    read = _called(model) if kept else set()
+    for layer in model.modules():
+        if type(layer) is HeldLinear and layer not in read:
+            layer.weight.data = layer.weight.data.float()  # a plain layer, but for its class
+    return bool(read)
 
 
 @torch.no_grad()
-def _reads_wide(model: Any) -> bool:
-    """Whether every held layer is called, on two tokens or not at all, with float32 input."""
-    seen: set[torch.dtype] = set()
+def _called(model: Any) -> set[nn.Module]:
+    """The held layers that a forward of two tokens calls; none, where one is not given float32, or the forward fails."""
+    seen: dict[nn.Module, torch.dtype] = {}
     hooks = [m.register_forward_pre_hook(partial(_note, seen)) for m in model.modules() if type(m) is HeldLinear]
     try:
         model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
     except (RuntimeError, TypeError, ValueError):  # of a product of two dtypes; another one is met again, and said, later
-        return False
+        return set()
     finally:
         for hook in hooks:
             hook.remove()
-    return seen <= {torch.float32}
+    return set(seen) if set(seen.values()) == {torch.float32} else set()
 
 
-def _note(seen: set[torch.dtype], module: nn.Module, args: tuple[Any, ...]) -> None:
-    seen.add(args[0].dtype)
+def _note(seen: dict[nn.Module, torch.dtype], module: nn.Module, args: tuple[Any, ...]) -> None:
+    seen[module] = args[0].dtype
