@@ -117,6 +117,9 @@ def test_grouped_and_the_operator_equal_the_definition(
     tree: str, rule: str, sinks: bool, piece: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layout, "PIECE", piece)
+    if piece == 8:
+        monkeypatch.setattr(layout, "LARGEST", 600)
+        monkeypatch.setattr(attention, "ALONE", 0)
     where = laid(tree)
     q, k, v, dy, s = tensors(where.length, dtype)
     how = with_sinks(RULES[rule], s, sinks)
@@ -138,7 +141,7 @@ def test_weights_are_kept_while_there_is_room_and_taken_once() -> None:
     where = laid("shared")
     q, k, v, dy, _ = tensors(where.length)
     leaves = [x[None].requires_grad_() for x in (q, k, v)]
-    size = HEADS * 8 * sum(b.count * b.length * b.seen for b in where.blocks)
+    size = HEADS * 8 * sum(b.count * b.length * b.seen for b in where.blocks())
     where.room = 2 * size + 1
     calls = [packed_attention(*leaves, where.handle, 0.3, 0.0, 0, None) for _ in range(3)]
     assert [bool(number) for _, number in calls] == [True, True, False] and where.room == 1
@@ -149,6 +152,27 @@ def test_weights_are_kept_while_there_is_room_and_taken_once() -> None:
             found = torch.autograd.grad(y, leaves, dy.transpose(0, 1)[None], retain_graph=again)
             close([x[0] for x in found], wanted, 1e-12)
         assert len(where.kept) == left
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_products_that_go_alone_are_the_same(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "ALONE", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n in range(1, 8):
+            a, b = torch.randn(n, 6, 5, dtype=torch.float64), torch.randn(n, 7, 5, dtype=torch.float64)
+            close([attention._each(a, b.mT), attention._each(a.mT, a)], [a @ b.mT, a.mT @ a], 1e-14)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_blocks_are_small_and_see_no_further_than_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = Layout([Segment(0, 4096, -1, 0)])
+    assert {(b.count, b.known) for b in where.blocks()} == {(1, 128 * i) for i in range(32)}
+    near = [b for b in where.blocks(256) if b.known == 255]
+    assert sum(b.count for b in near) == 30 and len(near) == 2  # all but the first two pieces
+    assert all(b.count * b.length * b.seen <= 1.1 * layout.LARGEST and b.seen <= 256 + 128 for b in where.blocks(256))
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -186,5 +186,5 @@ def test_lengths_of_rows_and_blocks_recur() -> None:
     found = [len(_even(pack([small.example(range(3, n + 4))])).input_ids) for n in range(1, 2049)]
     assert len(set(found)) <= 16 * 8 and all(n % 8 == 0 for n in found)
     assert all(have <= n + max(8, n / 16) and have >= n for n, have in enumerate(found, 1))
-    blocks = [b for n in range(1, 129) for b in Layout([Segment(0, n, -1, 0)]).blocks]
+    blocks = [b for n in range(1, 129) for b in Layout([Segment(0, n, -1, 0)]).blocks()]
     assert {b.length for b in blocks} == set(range(8, 129, 8))

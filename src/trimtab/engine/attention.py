@@ -24,6 +24,7 @@ from trimtab.errors import NotSupported
 
 NAME = "trimtab"
 # what attention modules pass along that does not change the result, or that a layout replaces
+ALONE = 1 << 21  # multiplications for each thread
 KNOWN = {"position_ids", "use_cache", "cache", "past_key_values", "cache_position", "output_attentions", "output_hidden_states",
          "output_router_logits", "num_items_in_batch", "return_dict", "logits_to_keep", "is_causal"}  # fmt: skip
 
@@ -64,6 +65,21 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(-1, x.shape[-1])
 
 
+def _each(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, p, k) @ b (n, k, r). In float32 torch gives each thread whole matrices: those that would leave some threads without
+    one go by themselves, where they are large enough for all threads at once."""
+    threads = torch.get_num_threads()
+    alone = len(a) % threads
+    if not alone or a.is_cuda or a.dtype.itemsize < 4 or a[0].numel() * b.shape[2] < ALONE * threads:
+        return a @ b
+    out, together = a.new_empty(len(a), a.shape[1], b.shape[2]), len(a) - alone
+    if together:
+        torch.bmm(a[:together], b[:together], out=out[:together])
+    for i in range(together, len(a)):
+        torch.mm(a[i], b[i], out=out[i])
+    return out
+
+
 class _Part:
     """One block at work. For each of its n segments: queries q (K n, g L, d), g heads for one of keys and values, scaled;
     keys and values k, v (K n, S, .) of the tokens that the segment follows and of its own."""
@@ -80,35 +96,34 @@ class _Part:
         return found.view(self.heads.kv * self.block.count, -1, x.shape[-1])
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """Scores (K n, g L, S), and what they become; with sinks theirs is the last weight."""
-        rule, heads, bias = self.rule, self.heads, self.block.bias(self.heads.per, self.rule.window, self.q.dtype)
-        if rule.softcap:
-            scores = rule.capped(self.q @ self.k.mT)
-            masked = scores + bias
-        else:
-            masked = scores = torch.baddbmm(bias.expand(len(self.q), -1, -1), self.q, self.k.mT)
+        """Scores (K n, g L, S), under a soft cap alone, and what they become; with sinks theirs is the last weight."""
+        rule, heads, bias = self.rule, self.heads, self.block.bias(self.heads.per, self.q.dtype)
+        scores = rule.capped(_each(self.q, self.k.mT))
+        masked = scores.clone() if rule.softcap else scores
+        masked[..., -bias.shape[1] :] += bias
         if rule.sinks is not None:
             sinks = rule.sinks.to(scores.dtype).view(heads.kv, 1, heads.per, 1)
             sinks = sinks.expand(-1, self.block.count, -1, self.block.length).reshape(*scores.shape[:2], 1)
             masked = torch.cat([masked, sinks], 2)
-        return scores, masked.softmax(2)
+        return scores, torch.softmax(masked, 2, out=masked)  # in place: memory is what attention waits for
 
     def forward(self, kept: list[Tensor] | None) -> Tensor:
         """(K n, g L, e). The weights are put into `kept`, if that is given."""
         p = self.weights()[1]
         if kept is not None:
             kept.append(p)
-        return p[..., : self.block.seen] @ self.v
+        return _each(p[..., : self.block.seen], self.v)
 
     def backward(self, dy: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """For dy (K n, g L, e) and the weights, if they were kept: dq (K n, g L, d), and dk, dv (K n, S, .)."""
         scores, p = self.weights() if p is None else (p, p)  # scores are asked for under a soft cap alone: none are kept then
-        dp = dy @ self.v.mT
+        dp = _each(dy, self.v.mT)
         if self.rule.sinks is not None:
             dp = torch.cat([dp, dp.new_zeros(*dp.shape[:2], 1)], 2)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, 2, p.dtype)[..., : self.block.seen]
+        torch.ops.aten._softmax_backward_data(dp, p, 2, p.dtype, grad_input=dp)  # in place, too
+        ds = dp[..., : self.block.seen]
         ds = ds * self.rule.slope(scores) if self.rule.softcap else ds
-        return ds @ self.k * self.rule.scaling, ds.mT @ self.q, p[..., : self.block.seen].mT @ dy
+        return _each(ds, self.k) * self.rule.scaling, _each(ds.mT, self.q), _each(p[..., : self.block.seen].mT, dy)
 
 
 def _joined(parts: Iterable[Tensor]) -> Tensor:
@@ -119,9 +134,9 @@ def grouped(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, kept: list[Tensor] | None = None
 ) -> Tensor:
     """As `plain`, block by block. `kept`, if given, is filled with what `grouped_backward` takes, so as not to do it again."""
-    heads, rows = Heads(len(q), len(k)), [_rows(x) for x in (q, k, v)]
-    out = _joined(_Part(b, rule, heads, *rows).forward(kept) for b in layout.blocks)
-    return out.index_select(0, layout.place(heads)).view(layout.length, len(q), -1).transpose(0, 1)
+    heads, rows, blocks = Heads(len(q), len(k)), [_rows(x) for x in (q, k, v)], layout.blocks(rule.window)
+    out = _joined(_Part(b, rule, heads, *rows).forward(kept) for b in blocks)
+    return out.index_select(0, blocks.place(heads)).view(layout.length, len(q), -1).transpose(0, 1)
 
 
 def grouped_backward(
@@ -129,13 +144,13 @@ def grouped_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. Weights that were not kept are computed again, and no more than one block's held at a time."""
     heads, rows, dy = Heads(len(q), len(k)), [_rows(x) for x in (q, k, v)], _rows(dy)
-    found = []
-    for block, p in zip(layout.blocks, kept or [None] * len(layout.blocks), strict=True):
+    found, blocks = [], layout.blocks(rule.window)
+    for block, p in zip(blocks, kept or [None] * len(blocks.blocks), strict=True):
         part = _Part(block, rule, heads, *rows)
         found.append(part.backward(part.queries(dy) * block.real(heads, dy.dtype), p))
     dq, dk, dv = (_joined(parts) for parts in zip(*found, strict=True))
-    dq = dq.index_select(0, layout.place(heads)).view(layout.length, len(q), -1)
-    bags, starts = layout.bags(heads)  # a token is a key of each segment that sees it: its gradients are added up
+    dq = dq.index_select(0, blocks.place(heads)).view(layout.length, len(q), -1)
+    bags, starts = blocks.bags(heads)  # a token is a key of each segment that sees it: its gradients are added up
     dk, dv = (F.embedding_bag(bags, x, starts, mode="sum").view(layout.length, len(k), -1) for x in (dk, dv))
     return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
@@ -147,7 +162,7 @@ def packed_attention(
     """q (1, H, T, d), k, v (1, K, T, .) -> (1, T, H, e), by `grouped`, and the number under which the layout keeps the weights,
     or 0. One operator, so that compiled layers keep it whole."""
     layout, heads = Layout.of(handle).read(), Heads(q.shape[1], k.shape[1])
-    number, kept = (0, None) if softcap else layout.keep(heads, q.element_size())
+    number, kept = (0, None) if softcap else layout.keep(heads, window, q.element_size())
     with torch.autocast(q.device.type, enabled=False):  # it would raise the softmax to float32, here and not in the backward
         y = grouped(q[0], k[0], v[0], layout, Rule(scaling, softcap, window, sinks), kept)
     return y.transpose(0, 1)[None].contiguous(), torch.tensor(number)

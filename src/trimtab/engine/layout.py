@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from trimtab.data.pack import Segment, ends
 from trimtab.engine.memory import Watch
 
-PIECE, PIECES = 128, 8  # longer segments are attended piece by piece, so that little is computed that may not be seen
+PIECE = 128  # longer segments are attended piece by piece, so that little is computed that may not be seen
+LARGEST = 1 << 20  # scores of one head in one block, about, so that no block takes much memory
 SHORTEST = 32  # lengths are rounded up to powers of two from here on, so that segments of like length go together
 EVEN = 8  # lengths of rows and blocks are multiples of this: others are up to a quarter slower in bfloat16 on a CPU, and each
 # new shape of a product costs 2 ms
@@ -56,10 +57,10 @@ class Block(_Once):
     segment is shorter its last token stands again; `seen` is filled up likewise to a multiple of `WIDE`.
     """
 
-    def __init__(self, runs: list[tuple[Runs, int, int]], length: int, device: torch.device) -> None:
+    def __init__(self, runs: list[tuple[Runs, int, int]], length: int, all_: Blocks) -> None:
         """runs: for each segment what it follows as (start, length) in the row, where it starts, and its length."""
         super().__init__()
-        self.count, self.length, self.device = len(runs), length, device
+        self.count, self.length, self.all = len(runs), length, all_
         self.known = sum(n for _, n in runs[0][0])  # so the segments' own tokens have positions from here on
         self.seen = -(-(self.known + length) // WIDE) * WIDE
         keys = []
@@ -93,19 +94,88 @@ class Block(_Once):
 
         return self.once(("real", heads, dtype), make)
 
-    def bias(self, per: int, window: int, dtype: torch.dtype) -> Tensor:
-        """(per * length, seen) to be added to scores: 0, or -inf for what a token may not see."""
+    def bias(self, per: int, dtype: torch.dtype) -> Tensor:
+        """(per * length, n) to be added to scores of the last n that are seen: 0, or -inf for what a token may not see."""
 
         def make() -> Tensor:
-            i = torch.arange(self.known, self.known + self.length, device=self.device)[:, None]
-            j = torch.arange(self.seen, device=self.device)
-            hidden = (j > i) | (i - j >= window) if window else j > i  # all that is known comes before: j < known <= i
-            return torch.zeros(hidden.shape, dtype=dtype, device=i.device).masked_fill(hidden, -torch.inf).repeat(per, 1)
+            window, device = self.all.window, self.all.device
+            i = torch.arange(self.known, self.known + self.length, device=device)[:, None]
+            j = torch.arange(0 if window else self.known, self.seen, device=device)  # without one all that is known is seen
+            hidden = (j > i) | (i - j >= window) if window else j > i
+            return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf).repeat(per, 1)
 
-        return self.once(("bias", per, window, dtype), make)
+        return self.all.once(("bias", self.known, self.length, self.seen, per, dtype), make)
 
     def _put(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(self.device)
+        return torch.from_numpy(x).to(self.all.device)
+
+
+class Blocks(_Once):
+    """All of a row's segments as blocks, for attention that sees `window` tokens, or all with 0."""
+
+    def __init__(self, segments: Sequence[Segment], window: int, device: torch.device) -> None:
+        super().__init__()
+        self.window, self.device, self.length = window, device, sum(s.length for s in segments)
+        groups: dict[tuple[int, int], list[tuple[Runs, int, int]]] = {}
+        paths: list[Runs] = []
+        for s in segments:
+            path = paths[s.parent] if s.parent >= 0 else ()
+            for at in range(0, s.length, PIECE):
+                run = (s.start + at, min(PIECE, s.length - at))
+                size = max(SHORTEST, 1 << (run[1] - 1).bit_length())
+                before = _last(path, window - 1) if window else path
+                groups.setdefault((size, sum(n for _, n in before)), []).append((before, *run))
+                path = _joined(path, run)
+            paths.append(path)
+        self.blocks: list[Block] = []
+        for (size, known), runs in groups.items():
+            length = min(size, -(-max(n for _, _, n in runs) // EVEN) * EVEN)
+            most = max(1, LARGEST // (length * (known + length)))
+            self.blocks += [Block(runs[at : at + most], length, self) for at in range(0, len(runs), most)]
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)
+
+    @property
+    def scores(self) -> int:
+        """How many scores one head has."""
+        return sum(b.count * b.length * b.seen for b in self)
+
+    def place(self, heads: Heads) -> Tensor:
+        """(T * heads,): where each token's answer of each head stands when all blocks' answers are laid end to end."""
+
+        def make() -> Tensor:
+            place = np.empty(self.length * heads.q, dtype=np.int64)
+            at = 0
+            for block in self:
+                asks = block.asks(heads)
+                real = np.broadcast_to(block.asking[None, :, None], asks.shape)
+                place[asks[real]] = at + np.flatnonzero(real)
+                at += asks.size
+            return torch.from_numpy(place).to(self.device)
+
+        return self.once(("place", heads), make)
+
+    def bags(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """For each token and head of keys: where it stands when all blocks' keys are laid end to end, one after the other,
+        and where its places begin among them, `(T * kv,)`."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            tokens, places = [], []
+            at = 0
+            for block in self:
+                head = np.arange(heads.kv)[:, None, None]
+                shown = np.broadcast_to(block.shown, (heads.kv, *block.shown.shape))
+                tokens.append((block.keys * heads.kv + head)[shown])
+                places.append(at + np.flatnonzero(shown))
+                at += shown.size
+            token = np.concatenate(tokens)
+            order = np.argsort(token, kind="stable")
+            starts = np.searchsorted(token[order], np.arange(self.length * heads.kv))
+            put = lambda x: torch.from_numpy(x).to(self.device)  # noqa: E731
+            return put(np.concatenate(places)[order]), put(starts)
+
+        return self.once(("bags", heads), make)
 
 
 class Layout(_Once):
@@ -139,9 +209,9 @@ class Layout(_Once):
             self.watch.look()
         return self
 
-    def keep(self, heads: Heads, itemsize: int) -> tuple[int, list[Tensor] | None]:
+    def keep(self, heads: Heads, window: int, itemsize: int) -> tuple[int, list[Tensor] | None]:
         """A list for the attention weights of one call, and the number under which `kept` has it; 0 and None without room."""
-        size = heads.q * itemsize * sum(b.count * b.length * b.seen for b in self.blocks)
+        size = heads.q * itemsize * self.blocks(window).scores
         if size > self.room:
             return 0, None
         self.room -= size
@@ -167,57 +237,19 @@ class Layout(_Once):
             seen &= self.position_ids[:, None] - self.position_ids[None, :] < window
         return seen
 
-    @cached_property
-    def blocks(self) -> list[Block]:
-        piece = max(PIECE, 1 << (max(s.length for s in self.segments) // PIECES).bit_length())
-        groups: dict[tuple[int, int], list[tuple[Runs, int, int]]] = {}
-        paths: list[Runs] = []
-        for s in self.segments:
-            path = paths[s.parent] if s.parent >= 0 else ()
-            for at in range(0, s.length, piece):
-                run = (s.start + at, min(piece, s.length - at))
-                size = max(SHORTEST, 1 << (run[1] - 1).bit_length())
-                groups.setdefault((size, s.offset + at), []).append((path, *run))
-                path = _joined(path, run)
-            paths.append(path)
-        sized = ((min(size, -(-max(n for _, _, n in runs) // EVEN) * EVEN), runs) for (size, _), runs in groups.items())
-        return [Block(runs, length, self.device) for length, runs in sized]
+    def blocks(self, window: int = 0) -> Blocks:
+        return self.once(("blocks", window), lambda: Blocks(self.segments, window, self.device))
 
-    def place(self, heads: Heads) -> Tensor:
-        """(T * heads,): where each token's answer of each head stands when all blocks' answers are laid end to end."""
 
-        def make() -> Tensor:
-            place = np.empty(self.length * heads.q, dtype=np.int64)
-            at = 0
-            for block in self.blocks:
-                asks = block.asks(heads)
-                real = np.broadcast_to(block.asking[None, :, None], asks.shape)
-                place[asks[real]] = at + np.flatnonzero(real)
-                at += asks.size
-            return torch.from_numpy(place).to(self.device)
-
-        return self.once(("place", heads), make)
-
-    def bags(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        """For each token and head of keys: where it stands when all blocks' keys are laid end to end, one after the other,
-        and where its places begin among them, `(T * kv,)`."""
-
-        def make() -> tuple[Tensor, Tensor]:
-            tokens, places = [], []
-            at = 0
-            for block in self.blocks:
-                head = np.arange(heads.kv)[:, None, None]
-                shown = np.broadcast_to(block.shown, (heads.kv, *block.shown.shape))
-                tokens.append((block.keys * heads.kv + head)[shown])
-                places.append(at + np.flatnonzero(shown))
-                at += shown.size
-            token = np.concatenate(tokens)
-            order = np.argsort(token, kind="stable")
-            starts = np.searchsorted(token[order], np.arange(self.length * heads.kv))
-            put = lambda x: torch.from_numpy(x).to(self.device)  # noqa: E731
-            return put(np.concatenate(places)[order]), put(starts)
-
-        return self.once(("bags", heads), make)
+def _last(path: Runs, n: int) -> Runs:
+    """The last `n` tokens of `path`, or all where it has no more."""
+    found: list[tuple[int, int]] = []
+    for start, length in reversed(path):
+        taken = min(length, n)
+        if taken:
+            found.insert(0, (start + length - taken, taken))
+        n -= taken
+    return tuple(found)
 
 
 def _joined(path: Runs, run: tuple[int, int]) -> Runs:
