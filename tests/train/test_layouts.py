@@ -55,7 +55,7 @@ def test_a_trainer_packs_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture
         data = datasets.Dataset.from_list(data) if form == "dataset" else data
     trainer = alone(tmp_path / "a", data, max_steps=2, remove_unused_columns=True, eval_dataset=data)
     said = capsys.readouterr().out
-    assert said == "layout: packs of up to 2,048 tokens; what examples begin with in common is computed once\n"
+    assert said == "layout: packs of up to 1,536 tokens; what examples begin with in common is computed once\n"
     trainer.train()
     other = padded(tmp_path / "b", examples, max_steps=2)
     assert tiny.losses(trainer) == pytest.approx(tiny.losses(other), abs=2e-6)
@@ -192,7 +192,7 @@ def same_run(found: tuple[RunResult, list[float], str], whole: tuple[RunResult, 
 
 
 def test_train_packs(whole: tuple[RunResult, list[float], str]) -> None:
-    assert "layout    packs of up to 2,048 tokens; what examples begin with in common is computed once" in whole[2]
+    assert "layout    packs of up to 1,536 tokens; what examples begin with in common is computed once" in whole[2]
     assert len(whole[1]) == 4 + 3 and whole[0].record.tokens_computed < whole[0].record.tokens_seen
 
 
@@ -202,8 +202,8 @@ def test_train_packs(whole: tuple[RunResult, list[float], str]) -> None:
         ({"packing": False}, "layout    padded batches, as asked"),
         ({"packing": False, "micro_batch_size": 2}, "8 a step (2 at a time)"),
         ({"pack_tokens": 100}, "packs of up to 100 tokens"),
-        ({"micro_batch_size": 2}, "packs of up to 2,048 tokens"),
-        ({"gradient_checkpointing": True}, "packs of up to 2,048 tokens"),
+        ({"micro_batch_size": 2}, "packs of up to 1,536 tokens"),
+        ({"gradient_checkpointing": True}, "packs of up to 1,536 tokens"),
     ],
 )
 def test_no_layout_changes_a_run(
@@ -274,5 +274,5 @@ def test_a_run_that_is_short_of_memory_says_so_once(
 
     monkeypatch.setattr(Watch, "look", look)
     found = ran(options(model_folder, rows, tmp_path, eval_steps=2))
-    assert found[2].count("out of memory: 1,024 tokens in one pass from here on; the step is done again, nothing is lost") == 1
+    assert found[2].count("out of memory: 768 tokens in one pass from here on; the step is done again, nothing is lost") == 1
     assert found[1] == whole[1], "the packs of this run are the same with half the budget, and so is every bit"
