@@ -185,6 +185,35 @@ def test_a_hub_data_set_is_looked_for_in_the_local_cache_only(
     assert [row.source for row in read(["someone/rows"])] == ["someone/rows/train.jsonl"]
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+def test_of_a_hub_data_set_one_revision_and_one_configuration_is_read(
+    prepared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import config
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub = tmp_path / "hub" / "datasets--someone--rows"
+    inside = tmp_path / "datasets" / "someone___rows" if prepared else hub / "snapshots"
+    for revision in ("aaa", "bbb"):
+        for split in ("train", "test"):
+            (inside / revision / "main" / split).mkdir(parents=True)
+            write(inside / revision / "main" / split / "0000.jsonl", {**ROW, "output": f"{revision} {split}"})
+    assert "several configurations or revisions are in the local cache: aaa/main, bbb/main" in refusal(Path("someone/rows"))
+    if prepared:
+        return
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("bbb")
+    found = read(["someone/rows"])
+    assert [row.source for row in found] == ["someone/rows/main/train/0000.jsonl"]
+    assert "bbb train" in str(found[0])
+    (inside / "bbb" / "main" / "train" / "0000.jsonl").unlink()
+    assert "only rows that are held out are in the local cache" in refusal(Path("someone/rows"))
+    write(inside / "bbb" / "main" / "rows.jsonl", ROW)
+    assert [row.source for row in read(["someone/rows"])] == ["someone/rows/main/rows.jsonl"]
+
+
 def test_two_formats_in_one_file(tmp_path: Path) -> None:
     other = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     file = write(tmp_path / "rows.jsonl", ROW, ROW, other, ROW)

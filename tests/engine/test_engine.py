@@ -181,6 +181,14 @@ def test_autocast(how: str, loss: str) -> None:
 # ---- shapes
 
 
+def test_what_fills_a_row_up_has_a_position_that_the_model_has() -> None:
+    """OPT has a table of 256 positions; a row of 60 and 256 tokens is filled up from 315 to 320."""
+    model = small.adapted("opt")
+    examples = [small.example([3 + (7 * k + n) % 90 for k in range(n)]) for n in (60, 256)]
+    assert len(_even(pack(examples)).input_ids) > len(pack(examples).input_ids)
+    small.same(small.packed(model, examples), small.alone(model, examples), 1e-10)
+
+
 def test_lengths_of_rows_and_blocks_recur() -> None:
     """A CPU makes code for each shape: a row has one of 16 lengths an octave, and is filled up by a sixteenth at most."""
     found = [len(_even(pack([small.example(range(3, n + 4))])).input_ids) for n in range(1, 2049)]

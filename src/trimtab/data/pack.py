@@ -104,11 +104,14 @@ def _filled(n: int, size: Callable[[int, int], int], most: int, enough: int) -> 
     return found
 
 
-def pack(examples: Sequence[Example], members: Sequence[int] | None = None, *, share: bool = True) -> Pack:
-    """These `members` of a step's examples (all of them) as one row. `share=False`: end to end, nothing in common."""
+def pack(
+    examples: Sequence[Example], members: Sequence[int] | None = None, *, share: bool = True, whole: bool = False
+) -> Pack:
+    """These `members` of a step's examples (all of them) as one row. `share=False`: end to end, nothing in common.
+    `whole`: with what nobody looks at."""
     members = range(len(examples)) if members is None else members
     examples = [examples[i] for i in members]
-    rows = [_read(e) for e in examples]
+    rows = [_read(e, whole) for e in examples]
     found: list[tuple[Segment, np.ndarray]] = []
     where: list[list[np.ndarray]] = [[] for _ in rows]  # the positions of each example's tokens in the row
     length = 0
@@ -128,9 +131,9 @@ def _predicting(example: Example) -> np.ndarray:
     return np.flatnonzero(np.asarray(example.supervised, dtype=bool)[1:])
 
 
-def _read(example: Example) -> np.ndarray:
+def _read(example: Example, whole: bool = False) -> np.ndarray:
     """The tokens that must go through the model: all up to the last that predicts a supervised one, the first in any case."""
-    last = [0, *_predicting(example)[-1:]][-1]
+    last = len(example.input_ids) if whole else [0, *_predicting(example)[-1:]][-1]
     return np.asarray(example.input_ids[: last + 1], dtype=np.int64)
 
 

@@ -27,7 +27,7 @@ def find(sources: Sequence[str | Path], problems: Problems) -> list[tuple[str, P
                 found.append((str(source), path))
             else:
                 _unknown_suffix(str(source), path, problems)
-        elif cached := _cached(str(source)):
+        elif (cached := _cached(str(source), problems)) is not None:
             found += cached
         else:
             _missing(str(source), path, problems)
@@ -84,15 +84,48 @@ def _cache_folders(name: str) -> list[Path]:
     ]
 
 
-def _cached(name: str) -> list[tuple[str, Path]]:
-    """The training files of a hub data set in the local caches: prepared Arrow files, else downloaded ones."""
+def _cached(name: str, problems: Problems) -> list[tuple[str, Path]] | None:
+    """The training files of a hub data set in the local caches: prepared Arrow files, else downloaded ones; None: not there.
+
+    Of several revisions it is the one that the hub's `main` was when it was last asked. Several configurations, or rows
+    that are all held out, are a problem: nobody said which.
+    """
     for folder in _cache_folders(name):
+        folder = _revision(folder)
         files = sorted(p for p in folder.rglob("*") if p.suffix in (".arrow", *SUFFIXES) and p.is_file())
         files = [p for p in files if not p.name.startswith(("dataset_info", "cache-"))]
-        chosen = [p for p in files if "train" in p.name] or files
-        if chosen:
-            return [(f"{name}/{p.name}", p) for p in chosen]
-    return []
+        if not files:
+            continue
+        splits = {p: _split(p.relative_to(folder).parts) for p in files}
+        chosen = [p for p in files if splits[p] == "train"] or [p for p in files if splits[p] == ""]
+        fix = f"give the path of the files; they are in {folder}"
+        if not chosen:
+            problems.add(name, 0, "", "only rows that are held out are in the local cache", fix, "held out rows alone")
+            return []
+        kinds = {"/".join(part for part in p.relative_to(folder).parts[:-1] if not _split((part,))) for p in chosen}
+        if len(kinds) > 1:
+            several = f"several configurations or revisions are in the local cache: {', '.join(sorted(kinds))}"
+            problems.add(name, 0, "", several, fix, "several configurations in the cache")
+            return []
+        return [(f"{name}/{p.relative_to(folder).as_posix()}", p) for p in chosen]
+    return None
+
+
+def _revision(folder: Path) -> Path:
+    """Of a folder of snapshots the one that `refs/main` names, or the only one."""
+    if folder.name != "snapshots" or not folder.is_dir():
+        return folder
+    main, there = folder.parent / "refs" / "main", [f for f in folder.iterdir() if f.is_dir()]
+    named = [f for f in there if main.is_file() and f.name == main.read_text().strip()] or there
+    return named[0] if len(named) == 1 else folder
+
+
+def _split(parts: tuple[str, ...]) -> str:
+    """`train`, `held out`, or empty where a path does not tell."""
+    words = [word.lower() for part in parts for word in re.split(r"[-_.]", part)]
+    if "train" in words:
+        return "train"
+    return "held out" if any(_HELD_OUT.fullmatch(word) for word in words) else ""
 
 
 def _kinds() -> str:

@@ -89,8 +89,8 @@ class Engine:
     def forward(self, model: nn.Module, pack: Pack) -> Result:
         """One pack through `model`: the engine's own, perhaps wrapped for several ranks."""
         device = next(self.model.parameters()).device
-        pack = _even(pack)
-        layout = Layout(pack.segments, device, self.watch)
+        length, pack = len(pack.input_ids), _even(pack)
+        layout = Layout(pack.segments, device, self.watch, len(pack.input_ids) - length)
         if torch.is_grad_enabled() and not any(m.gradient_checkpointing for m in self.may_recompute):
             layout.room = KEPT
         self._layouts.append(layout)
@@ -170,8 +170,9 @@ class Engine:
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Modes of all modules, and random numbers, are afterwards what they were."""
     modes = [(module, module.training) for module in model.modules()]
+    cards = {p.device for p in model.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=cards):
             yield
     finally:
         for module, training in modes:

@@ -106,4 +106,4 @@ class _Frozen(torch.autograd.Function):
         dh, ctx.dh = ctx.dh, None
         if dh is None:
             raise RuntimeError("the gradient of this loss was taken already, and is not kept for a second time")
-        return dh * grads[0].to(dh.dtype), None, None
+        return (dh.to(grads[0].dtype) * grads[0]).to(dh.dtype), None, None

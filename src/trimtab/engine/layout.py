@@ -187,12 +187,13 @@ class Layout(_Once):
     """
 
     def __init__(
-        self, segments: Sequence[Segment], device: torch.device | str = "cpu", watch: Watch | None = None
+        self, segments: Sequence[Segment], device: torch.device | str = "cpu", watch: Watch | None = None, fill: int = 0
     ) -> None:
+        """fill: so many tokens at the end are nobody's; they are given position 0, which every model has."""
         super().__init__()
         self.segments, self.device, self.watch = tuple(segments), torch.device(device), watch
         self.length = sum(s.length for s in segments)
-        self.calls, self.room = 0, 0
+        self.calls, self.room, self.fill = 0, 0, fill
         self.kept: dict[int, list[Tensor]] = {}
         number = next(_numbers)
         _living[number] = self
@@ -222,7 +223,9 @@ class Layout(_Once):
     def position_ids(self) -> Tensor:
         """(T,): the place of each token in its examples."""
         places = [np.arange(s.offset, s.offset + s.length) for s in self.segments]
-        return torch.from_numpy(np.concatenate(places)).to(self.device)
+        found = np.concatenate(places)
+        found[self.length - self.fill :] = 0
+        return torch.from_numpy(found).to(self.device)
 
     @cached_property
     def end(self) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from trimtab.data import Example, collate
+from trimtab.engine.rope import changes_at
 from trimtab.errors import DataError
 
 
@@ -18,7 +19,7 @@ def loss(model: Any, examples: Sequence[Example], *, pad_token_id: int, tokens: 
     training, device = model.training, next(model.parameters()).device
     model.eval()
     total, count = 0.0, 0
-    for batch in batches(examples, tokens):
+    for batch in batches(examples, tokens, changes_at(getattr(model, "config", None))):
         inputs = {k: v.to(device) for k, v in collate(batch, pad_token_id).items()}
         labels = inputs.pop("labels")  # (B, T)
         # the last T: prompt methods put virtual tokens in front
@@ -33,11 +34,12 @@ def loss(model: Any, examples: Sequence[Example], *, pad_token_id: int, tokens: 
     return total / count
 
 
-def batches(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
-    """Neighbours in length together, so that little is padded; at least one example each."""
+def batches(examples: Sequence[Example], tokens: int, alone: int | None) -> Iterator[list[Example]]:
+    """Neighbours in length together, so that little is padded; at least one example each, and no more `alone` tokens on."""
     batch: list[Example] = []
     for example in sorted(examples, key=lambda e: len(e.input_ids)):
-        if batch and (len(batch) + 1) * len(example.input_ids) > tokens:
+        n = len(example.input_ids)
+        if batch and ((len(batch) + 1) * n > tokens or (alone is not None and n > alone)):
             yield batch
             batch = []
         batch.append(example)

@@ -85,7 +85,8 @@ class StepAudit(TrainerCallback):
             return
         tensors = trainable(now["model"])
         if self.first:
-            _received(tensors, resumed=state.global_step > 0)
+            scaled = getattr(now["optimizer"], "scaler", None) is not None  # it meets infinities while it looks for its scale
+            _received(tensors, resumed=state.global_step > 0, finite=not scaled)
             self.waiting = {name: p.detach().clone() for name, p in tensors.items()}
             self.first = False
         self.steps += 1
@@ -124,7 +125,7 @@ class StepAudit(TrainerCallback):
         return self.steps <= OFTEN or self.steps % SELDOM == 0
 
 
-def _received(tensors: dict[str, nn.Parameter], *, resumed: bool) -> None:
+def _received(tensors: dict[str, nn.Parameter], *, resumed: bool, finite: bool) -> None:
     """A resumed run passed before; since then a budget may have put tensors to rest."""
     unused = [name for name, p in tensors.items() if p.grad is None]
     if unused and not resumed:
@@ -133,7 +134,7 @@ def _received(tensors: dict[str, nn.Parameter], *, resumed: bool) -> None:
             f"never change. Is their module bypassed, or its weight read directly? Exclude it from the targets"
         )
     broken = [name for name, p in tensors.items() if p.grad is not None and not p.grad.isfinite().all()]
-    if broken:
+    if broken and finite:
         raise TrainingError(f"{_named(broken)} received a gradient that is not finite in step 1; no step was taken")
 
 

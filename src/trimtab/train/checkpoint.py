@@ -87,8 +87,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Copies: what is mapped would keep the file in use, and Windows moves and removes no such file."""
     try:
-        return load_file(path)
+        return {name: t.clone() for name, t in load_file(path).items()}
     except Exception as error:  # safetensors raises its own bare type
         raise BadCheckpoint(f"{path} cannot be read: {error}") from error
 

@@ -66,11 +66,15 @@ class RunFolder:
         model.save_pretrained(partial)
         renderer.tokenizer.save_pretrained(partial)
         check_saved(partial, renderer)
-        for file in sorted(partial.iterdir()):
-            sync(file)
-            file.replace(self.path / file.name)
+        for file in sorted(partial.rglob("*")):  # a folder comes before what is in it
+            place = self.path / file.relative_to(partial)
+            if file.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                sync(file)
+                file.replace(place)
         sync(self.path)
-        partial.rmdir()
+        shutil.rmtree(partial)
 
     def write(self, name: str, text: str) -> None:
         write_text(self.path / name, text)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from trimtab.data.encode import Example
-from trimtab.data.pack import Pack, packs
+from trimtab.data.pack import Pack, pack, packs
 from trimtab.engine.forward import Engine
 from trimtab.engine.memory import Watch, out_of_memory, release, token_bytes
+from trimtab.engine.rope import alone, changes_at
 from trimtab.errors import TrainingError
 
 SMALLEST = 64  # tokens; below this a smaller budget helps no more
@@ -43,15 +44,17 @@ class Packing:
         return f"packs of up to {self.tokens:,} tokens{shared}"
 
     def packs(self, examples: Sequence[Example]) -> list[Pack]:
-        """The step's examples, laid out."""
-        if self.rows is None:
-            return packs(examples, self.tokens, share=self.share)
-        found = []
-        for at in range(0, len(examples), self.rows):
-            some = range(at, min(at + self.rows, len(examples)))
+        """The step's examples, laid out. Those whose length changes the positions of a whole pass are alone in theirs."""
+        at = changes_at(self.engine.model.config)
+        far = [i for i, e in enumerate(examples) if at is not None and len(e.input_ids) > at]
+        alone(self.engine.model.config, [len(examples[i].input_ids) for i in far], 1)
+        near = sorted({*range(len(examples))} - {*far})
+        rows, found = self.rows or max(1, len(near)), []
+        for a in range(0, len(near), rows):
+            some = near[a : a + rows]
             for p in packs([examples[i] for i in some], self.tokens, share=self.share):
-                found.append(_moved(p, at))
-        return found
+                found.append(replace(p, members=tuple(some[m] for m in p.members)))
+        return found + [pack(examples, [i], whole=True) for i in far]
 
     def attempt(self, work: Callable[[], T], undo: Callable[[], None], *, again: bool = True) -> T:
         """`work`, with the model's attention reading layouts; where memory runs out, undone and done with half the budget.
@@ -98,10 +101,6 @@ def remembered(model: nn.Module, *, gradients: bool) -> Callable[[], None]:
             p.grad = kept[p].clone() if p in kept else None
 
     return back
-
-
-def _moved(p: Pack, by: int) -> Pack:
-    return replace(p, members=tuple(i + by for i in p.members))
 
 
 def _budget(model: Any) -> int:

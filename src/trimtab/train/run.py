@@ -22,6 +22,7 @@ from trimtab.data.ends import check_ends
 from trimtab.engine.compile import choose
 from trimtab.engine.forward import engine_for
 from trimtab.engine.memory import keep_freed
+from trimtab.engine.rope import alone
 from trimtab.model import PeftModel, checkpoint_activations
 from trimtab.train import batches, checkpoint, layouts, load, low_rank, picture, samples, talks
 from trimtab.train.audits import trainable
@@ -195,6 +196,8 @@ class Job:
         o = self.options
         why = layouts.launched() if o.packing else "padded batches, as asked"
         engine, why = (None, why) if why else engine_for(self.model)
+        together = batches.micro_size(o.batch_size, o.micro_batch_size) if engine is None else 1
+        alone(self.model.config, [len(e.input_ids) for e in (*self.data.train, *self.data.val)], together)
         if engine is None:
             self.say.line("layout", why)
             return None

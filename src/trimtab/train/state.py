@@ -85,7 +85,7 @@ def scaler_state(scaler: Any) -> Any:
 def random_state(device: torch.device) -> dict[str, Any]:
     """All that a run draws random numbers from."""
     kind, keys, *rest = np.random.get_state()
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_which(device))
     return {
         "python": random.getstate(),
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
@@ -100,7 +100,12 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(_bytes(state["cpu"]))
     if state["device"] is not None and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(_bytes(state["device"]), device)
+        torch.get_device_module(device).set_rng_state(_bytes(state["device"]), *_which(device))
+
+
+def _which(device: torch.device) -> list[torch.device]:
+    """What torch asks for where there may be several devices of a kind; of Apple's there is one."""
+    return [] if device.type == "mps" else [device]
 
 
 def _hex(state: Tensor) -> str:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from trimtab.engine.rope import alone
+
 IGNORE = -100
 
 
@@ -20,6 +22,8 @@ def row_losses(model: nn.Module, batch: dict[str, Any], *, sparse: bool) -> Tens
     """
     labels = batch["labels"]  # (B, T)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
+    mask = inputs.get("attention_mask", torch.ones_like(labels))
+    alone(getattr(getattr(model, "module", model), "config", None), (int(m.sum()) for m in mask), len(labels))
     wanted = labels[:, 1:] != IGNORE  # (B, T - 1): position t predicts token t + 1
     rows, columns = wanted.nonzero(as_tuple=True)
     # prompt methods that put virtual tokens in front shift `logits_to_keep` themselves, and return logits for those too
