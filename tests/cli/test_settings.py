@@ -149,6 +149,22 @@ def test_other_tools_spellings_are_understood_and_said(args: list[str], expected
     assert settings.notes == [note]
 
 
+def test_a_step_is_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the tools that these names come from: torchrun on 4 cards with 2 x 4 takes 32 examples a step."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    both = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    settings = resolve(both)
+    assert asked(settings) == {"batch_size": 32, "micro_batch_size": 2}
+    assert settings.notes == [
+        "per_device_train_batch_size 2 x gradient_accumulation_steps 4 on 4 processes -> batch_size 32, micro_batch_size 2"
+    ]
+    assert asked(resolve(["--per_device_train_batch_size", "2"])) == {"batch_size": 8, "micro_batch_size": 2}
+    split = ["--batch_size", "32", "--gradient_accumulation_steps", "2"]
+    assert asked(resolve(split)) == {"batch_size": 32, "micro_batch_size": 4}
+    with pytest.raises(ConfigError, match=r"batch_size 8 is not per_device_train_batch_size 2 x .* 4 on 4 processes"):
+        resolve([*both, "--batch_size", "8"])
+
+
 def test_micro_batch_size_alone_is_ours() -> None:
     settings = resolve(["--micro_batch_size", "2"])
     assert (asked(settings), settings.notes) == ({"micro_batch_size": 2}, [])

@@ -8,7 +8,7 @@ import pytest
 import small_models as small
 import torch
 from small_models import EXACT, alone, packed, same
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.data.pack import pack
@@ -119,3 +119,13 @@ def test_a_second_backward_is_an_error() -> None:
         loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="not kept for a second time"):
             loss.backward()
+
+
+def test_the_scale_of_a_step_is_not_rounded_to_the_dtype_of_hidden_states() -> None:
+    h = torch.randn(6, 16, dtype=torch.bfloat16).requires_grad_()
+    linear = nn.Linear(16, 40, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    pairs = head.Pairs(torch.arange(6), torch.arange(6), torch.ones(6))
+    whole = torch.autograd.grad(head.losses(h, linear, None, pairs)[0], h)[0]
+    third = torch.autograd.grad(head.losses(h, linear, None, pairs)[0] / 3, h)[0]
+    assert torch.equal(third, (whole.float() * torch.tensor(1 / 3)).bfloat16())
+    assert not torch.equal(third, whole * torch.tensor(1 / 3).bfloat16())

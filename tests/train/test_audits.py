@@ -113,3 +113,28 @@ def test_rows_without_labels_are_said(tmp_path: Path) -> None:
     for work in (trainer.train, lambda: trainer.evaluate(rows)):
         with pytest.raises(TrainingError, match=r"input_ids, attention_mask and no labels.*DataCollatorForLanguageModeling"):
             work()
+
+
+def test_a_float16_scaler_may_meet_infinities_while_it_looks_for_its_scale() -> None:
+    from transformers import TrainerControl, TrainerState
+
+    from trimtab.train.audits import StepAudit
+
+    model = tiny.adapted()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.full_like(p, torch.inf)
+
+    class Scaled(torch.optim.SGD):
+        scaler: Any = None
+
+    optimizer = Scaled([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    given: Any = (object(), TrainerState(), TrainerControl())
+
+    def step() -> None:
+        StepAudit(lambda: False).on_pre_optimizer_step(*given, model=model, optimizer=optimizer)
+
+    with pytest.raises(TrainingError, match="not finite in step 1"):
+        step()
+    optimizer.scaler = torch.amp.GradScaler("cpu")
+    step()

@@ -271,3 +271,55 @@ def test_a_run_that_cannot_start_leaves_nothing(
     with pytest.raises(TrainingError, match="no trainable parameter"):
         run(options(model_folder, rows, tmp_path / "deep" / "out"), console=Console(file=io.StringIO()))
     assert not (tmp_path / "deep").exists()
+
+
+def test_a_run_that_stops_before_its_first_step_puts_an_earlier_one_back(
+    model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.train import run as module
+
+    ran(options(model_folder, rows, tmp_path, max_steps=1, val_size=0))
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def stopped(self: Any, when: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Job, "_answer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ran(options(model_folder, rows, tmp_path, max_steps=1, val_size=0))
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_a_run_whose_last_files_cannot_be_written_says_so_in_its_record(
+    model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.train.folder import RunFolder
+
+    def full(self: Any, *given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "finish", full)
+    with pytest.raises(OSError, match="No space left"):
+        ran(options(model_folder, rows, tmp_path, max_steps=2, val_size=0))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["status"], record["steps"]) == ("failed", 2) and "No space left" in record["error"]
+
+
+def test_folders_of_an_earlier_tokenizer_are_written_over(
+    model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer of several templates saves them in a folder of their own."""
+    from trimtab.train import folder as module
+
+    real = module.check_saved
+
+    def with_a_folder(partial: Path, renderer: Any) -> None:
+        real(partial, renderer)
+        (partial / "additional_chat_templates").mkdir()
+        (partial / "additional_chat_templates" / "tool_use.jinja").write_text(str(len([*tmp_path.glob("earlier-*")])))
+
+    monkeypatch.setattr(module, "check_saved", with_a_folder)
+    for _ in range(2):
+        ran(options(model_folder, rows, tmp_path, max_steps=1, val_size=0))
+    assert (tmp_path / "additional_chat_templates" / "tool_use.jinja").read_text() == "1"
+    assert not (tmp_path / ".result.partial").exists()

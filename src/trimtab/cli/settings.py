@@ -16,6 +16,7 @@ from trimtab.cli import spellings
 from trimtab.cli.values import FALSE, TRUE, convert, is_bool
 from trimtab.cli.yamlfile import Given, read_yaml
 from trimtab.errors import ConfigError, TrimtabError, nearest
+from trimtab.train.batches import ranks
 from trimtab.train.options import TrainOptions
 
 PROSE = {"sample_prompts"}  # lists whose items may hold commas: one item a flag
@@ -196,6 +197,7 @@ class _Reader:
             self.problems.append(str(problem))
             return
         said = " x ".join(f"{g.key} {g.value}" for g in (whole if steps and not micro else None, micro, steps) if g)
+        said += f" on {ranks()} processes" if ranks() > 1 else ""
         self.notes.append(f"{said} -> {_shown(found)}")
         place = (steps or micro or whole).place  # type: ignore[union-attr]
         chosen.update({k: Given(k, v, place) for k, v in found.items()})
@@ -276,16 +278,18 @@ def _batch(whole: Given | None, micro: Given | None, steps: Given | None) -> dic
             raise ValueError(f"{given.place}: {given.key}: {problem}") from None  # type: ignore[union-attr]
 
     b, m, n = number(whole), number(micro), number(steps) or 1
+    each = n * ranks()  # a step is over all processes, a micro-batch is of one
     if b is not None and steps and whole and steps.place != whole.place and _file(steps) and not _file(whole):
         return {"batch_size": b} | ({"micro_batch_size": m} if m else {})  # the flag overrules the file's product
-    if m is not None and b is not None and steps is not None and m * n != b:
-        raise ValueError(f"{whole.place}: batch_size {b} is not {micro.key} {m} x {steps.key} {n}; leave one out")  # type: ignore[union-attr]
+    if m is not None and b is not None and steps is not None and m * each != b:
+        many = f" on {ranks()} processes" if ranks() > 1 else ""
+        raise ValueError(f"{whole.place}: batch_size {b} is not {micro.key} {m} x {steps.key} {n}{many}; leave one out")  # type: ignore[union-attr]
     if m is not None:
-        return {"batch_size": b if b is not None else m * n, "micro_batch_size": m}
+        return {"batch_size": b if b is not None else m * each, "micro_batch_size": m}
     b = b if b is not None else TrainOptions().batch_size
-    if n < 1 or b % n:
-        raise ValueError(f"{steps.place}: batch_size {b} cannot be split into {n} equal parts; say batch_size as well")  # type: ignore[union-attr]
-    return {"batch_size": b, "micro_batch_size": b // n}
+    if n < 1 or b % each:
+        raise ValueError(f"{steps.place}: batch_size {b} cannot be split into {each} equal parts; say batch_size as well")  # type: ignore[union-attr]
+    return {"batch_size": b, "micro_batch_size": b // each}
 
 
 def _file(given: Given) -> bool:

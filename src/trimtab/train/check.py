@@ -231,7 +231,8 @@ def _output(o: TrainOptions) -> None:
             raise ConfigError(f"output_dir {o.output_dir!r} is a folder of rows. Fix: choose another one, inside it or not")
         if inside.name in RESULTS and inside.resolve().parent == out.resolve():
             raise ConfigError(f"the rows {str(source)!r} have the name of a file that is written to output_dir: rename them")
-    try_folder(out, "output_dir")
+    if batches.rank() == 0:  # ranks that try at once take each other's folder away
+        try_folder(out, "output_dir")
 
 
 def _start(o: TrainOptions) -> None:

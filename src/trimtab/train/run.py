@@ -288,16 +288,18 @@ class Job:
         if self.main:
             if moved := self.folder.open(resume=start is not None):
                 self.say.line("output", moved)
-            self._answer("before")
-            self._write("running")
         try:
-            self.trainer.train(resume_from_checkpoint=str(start) if start else None)
+            if self.main:
+                self._answer("before")
+                self._write("running")
+            try:
+                self.trainer.train(resume_from_checkpoint=str(start) if start else None)
+            finally:
+                self.bar.close()
+            self._finish()
         except BaseException as error:
             self._stopped(error)
             raise
-        finally:
-            self.bar.close()
-        self._finish()
         return RunResult(self.path, self.record, self.samples, self.model, self.renderer, self.data)
 
     def _answer(self, when: str) -> None:
