@@ -3,7 +3,7 @@
 #   make test     the tests
 #   make check    style, types, layers and sizes
 #   make fuzz     files that no one should write, for minutes: FUZZ_FLAGS="--seconds 600"
-#   make bench    the figures of the README
+#   make bench    how fast this machine is: on the demo's rows and without peers, unless their folders are given (bench/README.md)
 #   make docs     docs/methods.md again, from the methods that are there
 # On Linux, PyPI's torch is the CUDA build. For the smaller CPU build:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"

@@ -212,6 +212,14 @@ def test_a_constant_rate_has_no_warm_up(model_folder: Path, rows: Path, tmp_path
     assert [line["learning_rate"] for line in lines(tmp_path / "metrics.jsonl")] == [0.01, 0.01]
 
 
+def test_a_default_rate_is_said_to_be_that_of_lora(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    line = "the learning rate is the default of lora; ia3 may need another: --learning_rate"
+    few: dict[str, Any] = {"max_steps": 1, "val_size": 0, "sample_prompts": []}
+    assert line in ran(options(model_folder, rows, tmp_path / "a", adapter="ia3", learning_rate=None, **few))[1]
+    assert line not in ran(options(model_folder, rows, tmp_path / "b", adapter="ia3", **few))[1]
+    assert "may need another" not in ran(options(model_folder, rows, tmp_path / "c", learning_rate=None, **few))[1]
+
+
 def test_an_earlier_run_is_kept_aside(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     ran(options(model_folder, rows, tmp_path, max_steps=1, val_size=0))
     first = (tmp_path / "adapter_model.safetensors").read_bytes()

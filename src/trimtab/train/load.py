@@ -141,7 +141,7 @@ def nf4(dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("load_in_4bit needs bitsandbytes, which is not installed: pip install 'trimtab[quant]'")
+        raise ConfigError("load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

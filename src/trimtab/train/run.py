@@ -240,6 +240,9 @@ class Job:
         split = "" if self.packing else f" ({micro} at a time)"
         length = f"{len(self.data.train):,} rows, {o.batch_size} a step{split}: {steps:,} steps"
         self.say.line("steps", f"{length}, {warmup} of warm-up, {o.lr_scheduler_type} from {self.rate:g}")
+        method, usual = method_of(self.model.peft_config["default"]).name, TrainOptions.adapter
+        if o.learning_rate is None and method != usual:
+            self.say.line("", f"the learning rate is the default of {usual}; {method} may need another: --learning_rate")
         best = o.load_best_model_at_end and not o.save_steps
         return TrainingArguments(
             output_dir=str(self.path),
