@@ -101,6 +101,33 @@ def test_options_of_a_variant_are_given_as_a_mapping(run: Callable, model: Path)
     assert "--adapter lora --kasa_config {...}" in shown and "a mapping of beta (" in shown and "[0.001]" in shown
 
 
+def test_how_a_variant_is_switched_on(run: Callable) -> None:
+    shown = " ".join(run("methods").output.split())
+    for how in ("--use_dora", "--alora_invocation_tokens A,B,...", "--monteclora_config {...}"):
+        assert f"--adapter lora {how}" in shown
+    shown = run("methods", "alora").output
+    assert "--adapter alora --alora_invocation_tokens A,B,... [OPTIONS]" in shown and "--use_dora" not in shown
+    assert "no paper" not in run("methods").output
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_nothing_is_cut_at_this_width(run: Callable, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    from rich.console import Console
+
+    from trimtab.cli import screen
+
+    monkeypatch.setattr(screen, "console", lambda **_: Console(width=int(width), highlight=False))
+    for args in (["train", "--help"], ["merge", "--help"], ["--help"], ["methods"], ["methods", "lora"]):
+        shown = run(*args).output
+        assert "…" not in shown and max(map(len, shown.splitlines())) <= int(width)
+
+
+def test_all_helps_look_alike(run: Callable) -> None:
+    for command in ("chat", "merge", "doctor"):
+        shown = run(command, "--help").output
+        assert f"Usage: trimtab {command} ADAPTER " in shown and "<" not in shown and "--help" not in shown
+
+
 def test_dora_by_name_and_by_switch_are_one(run: Callable, model: Path) -> None:
     named, switched = (run("sites", model, "--adapter", *how).output for how in (["dora"], ["lora", "--use_dora"]))
     assert named.partition("dora: ")[2] == switched.partition("lora: ")[2] and "down_proj" in named

@@ -7,12 +7,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from trimtab.cli import chat, data, demo, doctor, merge, methods, screen, sites, train
+from trimtab.cli import chat, data, demo, doctor, help, merge, methods, screen, sites, train
 
 _DAY = ("demo", "data", "train", "chat", "merge", "doctor", "methods", "sites")
 
 
-class Commands(TyperGroup):
+class Listed(TyperGroup):
+    """Commands, with a `--help` in the form that all have."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        help.commands(self, ctx.command_path, self.list_commands(ctx))
+
+
+class Commands(Listed):
     """All commands: in the order of a first day, with errors as messages."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -22,6 +29,16 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self.commands, key=lambda name: _DAY.index(name) if name in _DAY else len(_DAY))
+
+
+class Declared(TyperCommand):
+    """A command whose options are its function's parameters."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        help.command(self, ctx.command_path)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return help.pieces(self)
 
 
 class Generated(TyperCommand):
@@ -44,16 +61,16 @@ app = typer.Typer(
     help="Fine-tune a large model on hardware you own: your rows in, an adapter out, checked at every step.",
     epilog="First time here? Run: trimtab demo",
 )
-_data = typer.Typer(no_args_is_help=True, help="Look at rows before training on them.")
+_data = typer.Typer(cls=Listed, no_args_is_help=True, help="Look at rows before training on them.")
 
-app.command("demo")(demo.demo)
+app.command("demo", cls=Declared)(demo.demo)
 app.command("train", cls=Generated, add_help_option=False)(train.train)
 app.add_typer(_data, name="data")
 _data.command("check", cls=Generated, add_help_option=False)(data.check)
-app.command("chat")(chat.chat)
-app.command("merge")(merge.merge)
-app.command("doctor")(doctor.doctor)
-app.command("methods")(methods.methods)
+app.command("chat", cls=Declared)(chat.chat)
+app.command("merge", cls=Declared)(merge.merge)
+app.command("doctor", cls=Declared)(doctor.doctor)
+app.command("methods", cls=Declared)(methods.methods)
 app.command("sites", cls=Generated, add_help_option=False)(sites.sites)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +25,16 @@ _WORDS = ("/base", "/reset", "/exit", "/quit", "/help")
 
 
 def chat(
-    adapter: Annotated[Path, typer.Argument(help="an adapter folder (or a plain model folder)", show_default=False)],
-    model: Annotated[str | None, typer.Option("--model", help="the base, if it is not where the adapter says")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="a system message that opens the conversation")] = None,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="an adapter folder, or a plain model's")],
+    model: Annotated[str | None, typer.Option("--model", help="the base model, if it has moved")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="a system message to begin with")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="longest answer in tokens")] = 256,
-    allow_pickle: Annotated[bool, typer.Option("--allow_pickle", help="read adapter_model.bin, if you trust it")] = False,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest answer")] = 0.0,
+    allow_pickle: Annotated[bool, typer.Option("--allow_pickle", help="read adapter_model.bin (pickle can run code)")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest answer; more: chance")] = 0.0,
 ) -> None:
-    """Talk to an adapter. Inside: /base, /reset, /exit, /help. From a pipe, each line is a question."""
+    """Talk to an adapter.
+
+    Commands in the talk: /base, /reset, /exit; /help explains them. From a pipe, each line is a question."""
     from trimtab.serve.chat import open_chat
 
     settings = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature}
@@ -48,7 +51,13 @@ def chat(
 
 def _lines(piped: bool) -> Iterator[str]:
     if piped:
-        yield from (line.strip() for line in sys.stdin)
+        for stream in (sys.stdin, sys.stdout):  # not the locale's encoding, which is another on Windows
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8")
+        try:
+            yield from (line.strip() for line in sys.stdin)
+        except UnicodeDecodeError as problem:
+            raise ConfigError(f"the questions are not UTF-8: {problem}") from None
         return
     while True:
         try:

@@ -13,8 +13,8 @@ from trimtab.errors import ConfigError
 
 USAGE = "trimtab data check DATA... --model MODEL [OPTIONS]"
 ABOUT = """
-Read DATA as a run would, and show: the format that was found, every problem with its file and line, a ledger of
-what is kept and dropped, lengths, duplicates, and some rows with the tokens that carry loss in colour.
+Read DATA as `trimtab train` would, and show: the format that was found, every problem with its file and line, how \
+many rows are kept and dropped, lengths, duplicates, and some rows with the tokens to be learnt in colour.
 """
 DECIDING = ("val_size", "max_length", "overlong", "train_on", "max_train_samples", "seed")  # which rows, and how
 OPTIONS = ("dataset", "val_dataset", *DECIDING, "chat_template", "model", "trust_remote_code")
@@ -22,7 +22,7 @@ EXTRAS = {"show": Extra(int, 3, "rows shown token by token")}
 
 
 def check(ctx: typer.Context) -> None:
-    """Check rows: errors, ledger, lengths, coloured loss mask."""
+    """Check rows: errors by line, what is kept and dropped, lengths, which tokens are learnt."""
     out = screen.console()
     if wants_help(ctx.args):
         groups = help.run_options(OPTIONS)

@@ -26,9 +26,9 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def demo(
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="where adapter and merged model are written")] = Path(
-        "demo-out"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", metavar="FOLDER", help="where adapter and merged model are written")
+    ] = Path("demo-out"),
 ) -> None:
     """Rows in, a tuned model out: the whole story in minutes, offline, on a CPU."""
     from trimtab.demo.model import NAME, bundled_model

@@ -15,11 +15,13 @@ _STYLES = {"well": "green", "cause": "bold red", "unknown": "dim"}
 
 
 def doctor(
-    adapter: Annotated[Path, typer.Argument(help="the adapter folder", show_default=False)],
-    model: Annotated[str | None, typer.Option("--model", help="the base, if it is not where the adapter says")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow_pickle", help="read adapter_model.bin, if you trust it")] = False,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="the adapter folder")],
+    model: Annotated[str | None, typer.Option("--model", help="the base model, if it has moved")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow_pickle", help="read adapter_model.bin (pickle can run code)")] = False,
 ) -> None:
-    """Why does my tuned model answer like the base, babble, or never stop? Exit code 1: a cause was found; 2: no look."""
+    """Why does my tuned model answer like the base, babble, or never stop?
+
+    Exit code 0: healthy; 1: a cause was found; 2: the adapter could not be examined."""
     from trimtab.doctor import examine
 
     out = screen.console()

@@ -272,7 +272,8 @@ def told(f: Facts) -> list[str]:
     what = f"a {WIDTH} x {WIDTH} layer" if f.cells else f"a model of width {WIDTH} with one layer"
     lines = [] if f.numbers is None else [f"trains {f.numbers:,} numbers for {what} at its defaults"]
     cells = f.cells | {"merges": f.merges}
-    return [*lines, "; ".join(f"{column}: {cell}" for column, cell in cells.items() if cell)]
+    shown = "; ".join(f"{column}: {cell}" for column, cell in cells.items() if cell)
+    return [*lines, f"works on and with (forward: works, but cannot be merged; more in docs/methods.md): {shown}"]
 
 
 def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:

@@ -12,13 +12,15 @@ from trimtab.cli import screen
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="the adapter folder", show_default=False)],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="the merged model's folder", show_default=False)],
-    model: Annotated[str | None, typer.Option("--model", help="the base, if it is not where the adapter says")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow_pickle", help="read adapter_model.bin, if you trust it")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (as the run computed), bfloat16, float16 or float32")] = "auto",
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="the adapter folder")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", metavar="FOLDER", help="the merged model's folder")],
+    model: Annotated[str | None, typer.Option("--model", help="the base model, if it has moved")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow_pickle", help="read adapter_model.bin (pickle can run code)")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32, or auto: as it was trained")] = "auto",
 ) -> None:
-    """Make adapter and base one plain model; the two are compared on probe prompts."""
+    """Write adapter and base as one plain model.
+
+    Other tools open it as any model. On probe prompts it is compared with the adapter on its base."""
     from trimtab.export.merge import merge as merged
 
     out = screen.console()

@@ -22,17 +22,19 @@ if TYPE_CHECKING:
     from trimtab.core.config import Method
 
 AFTER = """
-acts on: linear layers are torch's, transformers' Conv1D and 4-bit ones alike; conv is 1d, 2d and 3d; modules:
-attention, feed-forward blocks, whole layers.
-merges: the adapter can be written into the weights. Options of one: trimtab methods lora"""
+Where to start: lora. How many numbers each of the others trains, and on what it works: docs/methods.md.
+acts on: linear layers are torch's, transformers' Conv1D and 4-bit ones alike; conv is 1d, 2d and 3d; modules: attention, \
+feed-forward blocks, whole layers. merges: the adapter can be written into the weights.
+Options, config class and paper of one: trimtab methods lora"""
+WIDE = 100  # columns of a terminal that has room for the papers' numbers
 _PAPER = re.compile(r"\s*(?:arXiv:)?(\d{4}\.\d{4,5}(?:v\d+)?)")
-_REFERENCE = re.compile(r"\s{2,}arXiv:.*$")
+_REFERENCE = re.compile(r"\s{2,}(arXiv:.*|no paper)$")
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="one method: its options", show_default=False)] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="what each does on every kind of layer, as a page")] = False,
-    peer: Annotated[Path | None, typer.Option(help="a table to compare with, for --markdown", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="one method: its options")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="what each does on every kind of layer, in Markdown")] = False,
+    peer: Annotated[Path | None, typer.Option(metavar="FILE", help="for --markdown: a CSV table to compare with")] = None,
 ) -> None:
     """List the methods, or the options of one."""
     out = screen.console()
@@ -44,15 +46,16 @@ def methods(
     if markdown:
         return typer.echo(page(peer), nl=False)
 
+    wide = out.width >= WIDE
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("method", "equation", "acts on", "merges", "paper", "config"):
-        width = 29 if column == "acts on" else None  # four kinds in one line
-        table.add_column(column, no_wrap=column not in ("equation", "acts on"), min_width=width)
+    for column in ("method", "equation", "acts on", "merges", *(["paper"] if wide else [])):
+        width = (29 if wide else 16) if column == "acts on" else None  # 29: four kinds in one line
+        table.add_column(column, no_wrap=column not in ("equation", "acts on"), width=width, overflow="fold")
     for method in map(load, names()):
         equation, papers = formula(method.adapter)
-        switch = f"\n{method.switch}=true" if method.switch else ""
-        config, acts = f"{method.config.__name__}{switch}", ", ".join(_acts_on(method))
-        table.add_row(Text(method.name, "bold"), Text(equation), acts, _merges(method), "\n".join(papers), config)
+        how = (f"\n{_switched(method)}", "dim") if method.switch else ""
+        cells = [Text.assemble(equation, how), ", ".join(_acts_on(method)), _merges(method), "\n".join(papers)]
+        table.add_row(Text(method.name, "bold"), *cells[: 4 if wide else 3])
     out.print(table)
     out.print(Text(AFTER, "dim"))
 
@@ -75,16 +78,32 @@ def _one(name: str, out: Console) -> None:
     equation, papers = formula(method.adapter)
     about = "\n".join([equation, *(f"https://arxiv.org/abs/{paper}" for paper in papers), *facts.told(facts.facts(method))])
     ours = adapter_options(TrainOptions(adapter=method.name))
-    options = _options_of(method)
-    rows = [row(f, hint, ours) for f, hint in own_fields(method.name) if f.name != method.switch]
-    if method.switch and options:
-        rows.insert(0, help.option(method.switch, dict, f"a mapping of {options}", None))
-    usage = f"trimtab train DATA --model MODEL --adapter {method.name} [OPTIONS]"
+    fields = own_fields(method.name)
+    rows = [row(f, hint, ours) for f, hint in fields if not (method.switch and f.metadata.get("variant"))]
+    about += f"\nin Python: {method.config.__name__}"
+    usage = f"trimtab train DATA... --model MODEL --adapter {method.name}"
     if method.switch:
-        kind = method.config.peft_type.lower()
-        switch = f"--{method.switch} {{...}}" if options else f"--{method.switch}"
-        usage = f"trimtab train DATA --model MODEL --adapter {method.name} (or: --adapter {kind} {switch})"
-    help.page(out, usage, about, {f"Options of {method.name}": rows})
+        about += f"; the same as {_switched(method)}"
+        flag, value, text = _switch(method)
+        if options := _options_of(method):
+            rows.insert(0, (flag, value, f"a mapping of {options}", ""))
+        elif value:
+            usage += f" {flag} {value}"
+            rows.insert(0, (flag, value, text, ""))
+    help.page(out, f"{usage} [OPTIONS]", about, {f"Options of {method.name}": rows})
+
+
+def _switch(method: Method) -> tuple[str, str, str]:
+    """The option that turns a variant on: flag, value if it needs one, help."""
+    field, hint = next((f, hint) for f, hint in own_fields(method.name) if f.name == method.switch)
+    flag, value, *_ = row(field, hint, {})
+    return flag, "" if value == "true|false" else value, field.metadata["help"]
+
+
+def _switched(method: Method) -> str:
+    """A variant, as it is asked for by the name of what it varies."""
+    flag, value, _ = _switch(method)
+    return f"--adapter {method.config.peft_type.lower()} {flag} {value}".rstrip()
 
 
 def _options_of(method: Method) -> str:
@@ -118,7 +137,10 @@ def _here(field: dataclasses.Field[Any], fields: dict[str, dataclasses.Field[Any
 
 def row(field: dataclasses.Field[Any], hint: Any, ours: dict[str, Any]) -> help.Row:
     """`ours`: what a run takes where nothing is said, if that is not the published default."""
-    return help.option(field.name, hint, field.metadata.get("help", ""), ours.get(field.name, help.default_of(field)))
+    variant, text = field.metadata.get("variant"), field.metadata.get("help", "")
+    text += f" (the same as --adapter {variant})" if variant else ""
+    hint = dict if "holds" in field.metadata else hint
+    return help.option(field.name, hint, text, ours.get(field.name, help.default_of(field)))
 
 
 def formula(adapter: type) -> tuple[str, list[str]]:

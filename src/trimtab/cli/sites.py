@@ -15,19 +15,21 @@ from trimtab.cli.settings import Settings, resolve
 from trimtab.cli.train import CONFIG, need, tell_notes, wants_help
 from trimtab.errors import ConfigError
 
-USAGE = "trimtab sites MODEL [--adapter lora] [--target_modules q_proj,v_proj] [ADAPTER OPTIONS]"
+USAGE = "trimtab sites MODEL [OPTIONS]"
 ABOUT = """
-Show where an adapter would act in MODEL, by name of layer, and how many parameters it would train.
-Only the model's config.json is read. Every option of the adapter counts: see `trimtab methods lora`.
+Show which layers of MODEL an adapter would change, and how many parameters it would train. Only the model's \
+config.json is read. The adapter's own options (--r, ...) are flags too: see `trimtab methods lora`. An example:
+
+    trimtab sites ./SmolLM2-135M-Instruct --target_modules q_proj,v_proj
 """
 
 
 def sites(ctx: typer.Context) -> None:
-    """Show where a target pattern would act, and the parameter count."""
+    """Show which layers an adapter would change, and how many parameters it would train."""
     out = screen.console()
     if wants_help(ctx.args):
         groups = help.run_options(("model", "adapter", "trust_remote_code"))
-        target = ("--target_modules", "A,B,...", "names of layers, a regex, or all-linear", "all-linear for lora")
+        target = ("--target_modules", "A,B,...", "names of layers, a regex, or `all-linear`", "all-linear for lora")
         groups["Model"] += [target, CONFIG]
         return help.page(out, USAGE, ABOUT, groups)
     settings = resolve(ctx.args, positional="model")

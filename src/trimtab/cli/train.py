@@ -16,17 +16,18 @@ from trimtab.cli.settings import Settings, resolve
 from trimtab.errors import ConfigError
 from trimtab.train.options import TrainOptions
 
-USAGE = "trimtab train DATA... --model MODEL --output_dir OUT [OPTIONS]"
+USAGE = "trimtab train DATA... --model MODEL [OPTIONS]"
 ABOUT = """
-Fine-tune MODEL on your rows: an adapter folder that `trimtab chat` opens is written to OUT.
+Fine-tune MODEL on your rows. The adapter folder goes to --output_dir (default: out); `trimtab chat out` opens it.
 
-DATA is one or more files or folders (.jsonl .json .csv .parquet). Three options are enough to begin:
+DATA is one or more files or folders (.jsonl .json .csv .parquet). This is enough to begin:
 
-    trimtab train rows.jsonl --model ./SmolLM2-135M-Instruct --output_dir out
+    trimtab train rows.jsonl --model ./SmolLM2-135M-Instruct
 
 Every option may also stand in a flat YAML file, under the same name: --config run.yaml. Flags win over the file.
 """
 AFTER = """
+A true|false flag alone means true; --no_shuffle is --shuffle false.
 The adapter's own options (--r, --lora_alpha, --target_modules, ...) are flags too: see `trimtab methods lora`.
 Names of other tools (lora_rank, cutoff_len, ...) are understood; how each was read is printed.
 """
