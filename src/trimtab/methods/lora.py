@@ -39,7 +39,7 @@ class LoraConfig(Targets, Excludes, Layers, Biases, FanIn):
     target_parameters: list[str] | None = option(None, "parameters, as those of experts", place="_parameters")
     trainable_token_indices: Any = option(None, "ids of tokens to train, or {layer: ids}", place="_token_rows")
     ensure_weight_tying: bool = option(False, "adapt layers that share a weight alike", place="_tied")
-    layer_replication: list[Any] | None = option(None, "[[a, b], ...]: the layers from a to before b, stacked", place="_replication")
+    layer_replication: list[Any] | None = option(None, "[[a, b], ...]: layers a to b - 1, stacked", place="_replication")
     loftq_config: Any = option(dict, "LoftQConfig: bits, and rounds of the fit")
     eva_config: Any = option(None, "EvaConfig: how ranks are spread")
     corda_config: Any = option(None, "CordaConfig: what is trained, and files")
