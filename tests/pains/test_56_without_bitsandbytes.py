@@ -21,6 +21,6 @@ def test_a_base_in_4_bit_says_what_to_install(tmp_path: Path, monkeypatch: pytes
         return None if name == "bitsandbytes" else find(name, *more)
 
     monkeypatch.setattr(importlib.util, "find_spec", absent)
-    with pytest.raises(ConfigError, match=r"needs bitsandbytes, which is not installed: pip install 'trimtab\[quant\]'"):
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes, which is not installed: pip install bitsandbytes"):
         load_model(folder, dtype=torch.float32, load_in_4bit=True)
     assert load_model(folder, dtype=torch.float32).device.type == "cpu"  # without 4 bit nothing asks for it

@@ -117,7 +117,7 @@ def test_4_bit_layers_compute_in_the_dtype_of_the_run(dtype: torch.dtype) -> Non
 
 def test_4_bit_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'trimtab\[quant\]'"):
+    with pytest.raises(ConfigError, match=r"pip install bitsandbytes"):
         load.nf4(torch.bfloat16)
 
 
@@ -132,7 +132,11 @@ def test_cuda_by_capability(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Turing")
     found = device.pick()
-    assert (found.device.type, found.dtype) == ("cuda", dtype) and said in found.why
+    assert (found.device, found.dtype) == (torch.device("cuda"), dtype) and said in found.why
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of several processes each has a card of its own
+    assert device.pick().device == torch.device("cuda", 1) and taken == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize(("flag", "dtype"), [("amx_bf16", torch.bfloat16), ("avx2", torch.float32)])

@@ -23,9 +23,11 @@ class Hardware:
 
 def pick(dtype: str = "auto") -> Hardware:
     """The best device of this machine; `dtype` is `auto` or the name of what the user asked for."""
-    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if torch.cuda.is_available():  # of several ranks on one machine each has a card of its own
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
+    if device.type == "cuda" and (rank := os.environ.get("LOCAL_RANK")):  # each of several ranks has a card of its own
+        device = torch.device("cuda", int(rank))
         torch.cuda.set_device(device)
     native, reason = native_bf16(device)
     if dtype == "auto":
